@@ -1,0 +1,1 @@
+"""Pure tensor functions: advantages, importance-ratio corrections, losses, aggregation. Needs torch alone."""

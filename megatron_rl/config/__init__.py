@@ -1,0 +1,7 @@
+"""What a run is: frozen, validated models. No torch; everything a run can refuse before anything is allocated is refused here."""
+
+from megatron_rl.config.errors import UserError
+from megatron_rl.config.load import validate
+from megatron_rl.config.run import EvalRun, RlRun, SftRun
+
+__all__ = ["EvalRun", "RlRun", "SftRun", "UserError", "validate"]

@@ -1,0 +1,12 @@
+"""The error a user can mend."""
+
+
+class UserError(ValueError):
+    """Bad input from outside (config, data file, checkpoint, a port in use): shown as one line, without a traceback.
+
+    `exit_code` is 2 for a wrong command line or configuration, 1 for everything else.
+    """
+
+    def __init__(self, message: str, exit_code: int = 2) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code

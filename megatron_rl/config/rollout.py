@@ -1,0 +1,75 @@
+"""Generation: the engines, the scheduler's budget, sampling, and the reward workers."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, Self
+
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+
+from megatron_rl.config.base import Config
+
+
+class SyncConfig(Config):
+    bucket_mb: PositiveFloat = 256.0
+    timeout_s: PositiveFloat = 600.0
+
+
+class EngineConfig(Config):
+    """SGLang servers. `server_args` reaches any flag of `sglang.launch_server` that has no key here."""
+
+    count: PositiveInt = 1
+    tp: PositiveInt = 1
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    host: str = "127.0.0.1"
+    port: int = Field(default=0, ge=0, le=65_535)  # engine i listens on port + i; 0: any free port
+    api_key: str | None = None  # null: a fresh random key per run
+    max_running_requests: PositiveInt = 256
+    max_total_tokens: PositiveInt | None = None  # KV cache, in tokens; null: SGLang decides from memory
+    mem_fraction_static: float = Field(default=0.5, gt=0.0, lt=1.0)
+    threads: PositiveInt = 1  # OpenMP threads of a CPU engine
+    stream_interval: PositiveInt = 8  # tokens between two streamed messages of a request
+    startup_timeout_s: PositiveFloat = 300.0
+    request_timeout_s: PositiveFloat = 600.0  # without any message from the engine
+    max_restarts: NonNegativeInt = 100  # over the run
+    server_args: dict[str, Any] = Field(default_factory=dict)
+    sync: SyncConfig = SyncConfig()
+
+
+class RolloutConfig(Config):
+    """C3PO++ (arXiv 2510.18855, Algorithm 1)."""
+
+    scheduler: Literal["c3po_pp", "synchronous"] = "c3po_pp"
+    token_budget: PositiveInt  # Phi: generated tokens per rollout phase
+    budget_counts: Literal["generated", "finished"] = "generated"
+    pool_capacity: PositiveInt  # Omega: unfinished rollouts, running or carried
+    group_size: PositiveInt
+    retention_bound: NonNegativeInt | None = None  # sigma, in steps; null: from the formula of the banner, so that none is stale
+    on_stale: Literal["finish", "restart", "drop_group"] = "finish"
+    temperature: float = Field(default=1.0, ge=0.0)
+    top_p: float = Field(default=1.0, gt=0.0, le=1.0)
+    top_k: int = Field(default=-1, ge=-1)
+    max_prompt_tokens: PositiveInt = 1024
+    max_response_tokens: PositiveInt = 4096
+    timeout_s: PositiveFloat = 3600.0  # of one phase
+
+    @model_validator(mode="after")
+    def _pool(self) -> Self:
+        if self.pool_capacity < self.group_size:
+            raise ValueError(f"pool_capacity={self.pool_capacity} holds no group of group_size={self.group_size}")
+        if self.top_k == 0:
+            raise ValueError("top_k=0 leaves no token to sample; -1 means the whole vocabulary")
+        return self
+
+    @property
+    def sigma(self) -> int:
+        """A rollout grows by about budget / pool tokens a step: with sigma >= L_max Omega / Phi none outgrows its age bound."""
+        if self.retention_bound is not None:
+            return self.retention_bound
+        return -(-self.max_response_tokens * self.pool_capacity // self.token_budget)
+
+
+class RewardConfig(Config):
+    workers: PositiveInt = 1
+    timeout_s: PositiveFloat = 10.0
+    exclude_failed: bool = True  # a timeout or error leaves the group instead of counting as zero

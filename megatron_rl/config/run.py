@@ -1,0 +1,111 @@
+"""The three runs: rl, sft, eval."""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+
+from megatron_rl.config.algorithm import AlgorithmConfig
+from megatron_rl.config.base import Config
+from megatron_rl.config.model import ModelConfig, OptimizerConfig, ParallelConfig
+from megatron_rl.config.rollout import EngineConfig, RewardConfig, RolloutConfig
+
+
+class DirConfig(Config):
+    dir: str
+    seed: int = Field(default=0, ge=0)
+    steps: PositiveInt
+    resume: bool | Literal["auto"] = "auto"  # auto: go on where a checkpoint exists; true: it must; false: the directory must be new
+
+
+class DataConfig(Config):
+    tokenizer: str  # a SentencePiece .model file or a Hugging Face directory
+    train: str  # JSONL of prompts
+    eval: str | None = None
+    chat_template: bool = False
+    shuffle: bool = True
+
+
+class CheckpointConfig(Config):
+    every: NonNegativeInt = 10  # steps; 0: only at the end and on a signal
+    keep: PositiveInt = 2
+    export_hf: bool = True  # at the end of the run, into <run.dir>/hf
+
+
+class TrackConfig(Config):
+    tensorboard: bool = True
+    rollouts_every: NonNegativeInt = 1  # steps between dumps of readable samples; 0: never
+    rollouts_kept: PositiveInt = 16  # samples per dump
+
+
+class EvalConfig(Config):
+    every: NonNegativeInt = 0  # steps; 0: never inside training
+    prompts: PositiveInt | None = None  # the first so many; null: all
+    samples: PositiveInt = 4
+    temperature: float = Field(default=1.0, ge=0.0)
+    greedy: bool = True  # a greedy pass beside the sampled one
+    forced_prefix: bool = False  # also with each prompt's metadata.forced_prefix as the start of the response
+
+
+class RlRun(Config):
+    run: DirConfig
+    model: ModelConfig
+    parallel: ParallelConfig = ParallelConfig()
+    optimizer: OptimizerConfig
+    engine: EngineConfig = EngineConfig()
+    rollout: RolloutConfig
+    reward: RewardConfig = RewardConfig()
+    algorithm: AlgorithmConfig = AlgorithmConfig()
+    data: DataConfig
+    eval: EvalConfig = EvalConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    track: TrackConfig = TrackConfig()
+
+    @model_validator(mode="after")
+    def _lengths(self) -> Self:
+        longest = self.rollout.max_prompt_tokens + self.rollout.max_response_tokens
+        if longest > self.model.max_position_embeddings:
+            raise ValueError(
+                f"rollout: max_prompt_tokens + max_response_tokens = {longest} is beyond "
+                f"model.max_position_embeddings={self.model.max_position_embeddings}"
+            )
+        if self.eval.every and not self.data.eval:
+            raise ValueError("eval.every is set, data.eval is not")
+        return self
+
+
+class SftStage(Config):
+    data: str  # JSONL of {"prompt", "response"}
+    steps: PositiveInt
+
+
+class SftData(Config):
+    tokenizer: str
+    chat_template: bool = False
+    stages: tuple[SftStage, ...] = Field(min_length=1)  # a curriculum: one after the other, under one learning-rate schedule
+
+
+class SftRun(Config):
+    run: DirConfig
+    model: ModelConfig
+    parallel: ParallelConfig = ParallelConfig()
+    optimizer: OptimizerConfig
+    batch_size: PositiveInt  # sequences per step, over all replicas
+    max_tokens: PositiveInt = 4096  # longer examples are counted and left out
+    data: SftData
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    track: TrackConfig = TrackConfig()
+
+
+class EvalRun(Config):
+    out: str  # directory of summary.json and responses.jsonl
+    checkpoint: str  # a Hugging Face directory
+    data: DataConfig
+    engine: EngineConfig = EngineConfig()
+    reward: RewardConfig = RewardConfig()
+    eval: EvalConfig = EvalConfig()
+    seed: int = Field(default=0, ge=0)
+    max_prompt_tokens: PositiveInt = 1024
+    max_response_tokens: PositiveInt = 4096
+    timeout_s: PositiveFloat = 3600.0

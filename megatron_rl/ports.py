@@ -1,0 +1,154 @@
+"""The few things a loop talks to. Loops know these Protocols; `assemble.py` binds them to Megatron-Core, SGLang and the disk.
+
+Calls marked *collective* are made by every rank, in the same order; all others by rank 0 alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+from megatron_rl.types import GenerateRequest, Group, Progress, Prompt, Rollout, Score
+
+if TYPE_CHECKING:
+    import torch
+
+    from megatron_rl.algorithms.batch import LossOutput, PackedBatch
+
+T = TypeVar("T")
+TokenLoss = Callable[["torch.Tensor", "torch.Tensor", "PackedBatch"], "LossOutput"]
+"""(new_logprobs_T, entropy_T, batch) -> LossOutput; all aligned: entry t belongs to the token tokens_T[t]."""
+
+
+class Ranks(Protocol):
+    """Where this process stands, and the collectives a loop needs. A wait beyond the limit raises and says for what."""
+
+    rank: int
+    world_size: int
+    dp_rank: int
+    dp_size: int  # data-parallel replicas; the CP, TP and PP ranks of one replica share a dp_rank
+
+    def broadcast(self, value: T | None, what: str) -> T:
+        """*Collective*: rank 0's `value` on every rank."""
+
+    def barrier(self, what: str) -> None:
+        """*Collective*."""
+
+
+class Policy(Protocol):
+    """The model under training. Every method is *collective*."""
+
+    def logprobs(self, microbatches: Sequence[PackedBatch], temperature: float) -> list[torch.Tensor]:
+        """logprobs_T of each microbatch's own tokens given their prefix (0 at every segment's first token), detached, on
+        every rank of the replica."""
+
+    def reference_logprobs(self, microbatches: Sequence[PackedBatch], temperature: float) -> list[torch.Tensor]:
+        """The same under the weights the run started from (kept in host memory when the policy was built with a reference)."""
+
+    def train_step(self, microbatches: Sequence[PackedBatch], loss: TokenLoss, temperature: float) -> dict[str, float]:
+        """One optimizer step over all microbatches of all replicas. Gradients of `LossOutput.loss` are *summed* over
+        microbatches and replicas: the divisor is the loss's own business. Returns the summed `sums` and the maxima over all
+        tokens of all replicas, plus `policy/grad_norm` and `policy/lr`."""
+
+    def weights(self) -> Mapping[str, torch.Tensor]:
+        """This rank's shards of all parameters and persistent buffers, by Megatron name with *global* layer and expert
+        numbers (`decoder.layers.7.mlp.experts.local_experts.12.linear_fc1.weight`). Live storage, not copies."""
+
+    def offload(self) -> None:
+        """Leave the device to the engines (a no-op where policy and engine share no device memory)."""
+
+    def onload(self) -> None:
+        """Take the device back."""
+
+
+class WeightSync(Protocol):
+    def push(self, version: int) -> None:
+        """*Collective*: the policy's present weights into every engine, which then stamp tokens with `version`."""
+
+
+class WeightSink(Protocol):
+    """The engines' side of a push."""
+
+    def begin(self) -> None: ...
+
+    def send(self, bucket: Sequence[tuple[str, torch.Tensor]]) -> None:
+        """Full tensors by Hugging Face name; the memory may be reused after the return."""
+
+    def end(self, version: int) -> None:
+        """Commit: flush caches, stamp `version`; raises EngineLost naming the engine that did not confirm."""
+
+
+class Engine(Protocol):
+    """One inference server."""
+
+    name: str
+
+    def generate(self, requests: Sequence[GenerateRequest]) -> AsyncIterator[Sequence[Progress]]:
+        """Stream progress of all requests, many messages at a time, until each is finished or aborted. Raises EngineLost."""
+
+    async def abort(self, rollout_ids: Iterable[str] | None = None) -> None:
+        """End the given requests (None: all). Their streams deliver what was generated and then stop, unfinished."""
+
+
+class Engines(Protocol):
+    """The fleet: processes and clients."""
+
+    @property
+    def alive(self) -> Sequence[Engine]: ...
+
+    def start(self) -> None:
+        """Start every engine and wait until each answers; raises UserError (port in use) or EngineLost with the engine's own last words."""
+
+    def recover(self) -> list[str]:
+        """Restart what died; the names restarted. They hold the weights of their start-up checkpoint until the next push."""
+
+    def sleep(self) -> None: ...
+
+    def wake(self) -> None: ...
+
+    def stop(self) -> None: ...
+
+
+class Rewards(Protocol):
+    async def score(self, rollouts: Sequence[Rollout]) -> list[Score]:
+        """One Score per rollout, in order, each within the configured limit; never raises for a bad response."""
+
+    def close(self) -> None: ...
+
+
+class Prompts(Protocol):
+    """An endless, resumable, seeded stream over the training prompts, epoch after epoch."""
+
+    def take(self) -> tuple[str, Prompt]:
+        """(group id, prompt); the group id is unique over the whole run: `<epoch>:<prompt id>`."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
+
+class Store(Protocol):
+    """Checkpoints. A step is there completely or not at all."""
+
+    def save(self, step: int, trainer: Mapping[str, Any]) -> Path:
+        """*Collective*: model, optimizer, RNG and the JSON-able `trainer` state (rank 0's) in one atomic commit."""
+
+    def restore(self) -> tuple[int, dict[str, Any]] | None:
+        """*Collective*: load the newest complete step into the policy; (step, trainer state), None in a fresh run."""
+
+    def export_hf(self, path: Path) -> None:
+        """*Collective*: the policy as a Hugging Face checkpoint with its tokenizer; absent or complete."""
+
+
+class Tracker(Protocol):
+    """Where numbers and samples go; rank 0 writes, other ranks hold one that drops everything."""
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None: ...
+
+    def rollouts(self, step: int, groups: Sequence[Group]) -> None: ...
+
+    def rewind(self, step: int) -> None:
+        """Forget everything after `step`: the run goes on from there."""
+
+    def close(self) -> None: ...

@@ -1,0 +1,119 @@
+"""The nouns every room shares. Plain values: no torch, no clock, no client.
+
+Whose log-probability it is stands in the name, always: `engine_logprobs` were recorded by the inference engine when a token
+was sampled, `old_logprobs` come from the policy at the step's starting weights, `new_logprobs` from the policy now.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+FinishReason = Literal["stop", "length"]
+ScoreStatus = Literal["correct", "wrong", "unparsable", "timeout", "error"]
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One question, tokenised, with all a verifier needs to judge an answer to it."""
+
+    id: str  # unique in its data set and stable across runs
+    text: str
+    tokens: tuple[int, ...]
+    answer: str
+    verifier: str
+    domain: str = "default"
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Rollout:
+    """One response to a prompt, finished or not. All per-token tuples have one entry per response token.
+
+    A rollout may have been generated over several steps and engines: `versions[t]` is the weight version that sampled token t,
+    `engine_logprobs[t]` the log-prob (nats, at the sampling temperature) that engine reported for it.
+    """
+
+    id: str  # "<epoch>:<prompt id>#<sample>", see rollout_id
+    prompt: Prompt
+    sample: int  # 0 .. group_size-1
+    tokens: tuple[int, ...] = ()
+    engine_logprobs: tuple[float, ...] = ()
+    versions: tuple[int, ...] = ()
+    finish_reason: FinishReason | None = None  # None while unfinished
+
+    def __post_init__(self) -> None:
+        if not len(self.tokens) == len(self.engine_logprobs) == len(self.versions):
+            raise ValueError(
+                f"rollout {self.id}: {len(self.tokens)} tokens, {len(self.engine_logprobs)} engine log-probs and "
+                f"{len(self.versions)} versions; each token needs one of each"
+            )
+
+    def extended(self, progress: Progress) -> Rollout:
+        return replace(
+            self,
+            tokens=self.tokens + progress.tokens,
+            engine_logprobs=self.engine_logprobs + progress.engine_logprobs,
+            versions=self.versions + progress.versions,
+            finish_reason=progress.finish_reason,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """What an engine sent since its last message about one rollout; `finish_reason` is None while more will come."""
+
+    rollout_id: str
+    tokens: tuple[int, ...]
+    engine_logprobs: tuple[float, ...]
+    versions: tuple[int, ...]
+    finish_reason: FinishReason | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """A verifier's judgement. `timeout` and `error` say that no judgement was reached; they are counted, never hidden."""
+
+    value: float
+    status: ScoreStatus
+    extracted: str | None = None
+    reason: str = ""
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """All samples of one prompt, finished, with a score each; the unit over which advantages are computed."""
+
+    id: str
+    prompt: Prompt
+    rollouts: tuple[Rollout, ...]
+    scores: tuple[Score, ...]
+
+    @property
+    def rewards(self) -> tuple[float, ...]:
+        return tuple(score.value for score in self.scores)
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    temperature: float = 1.0  # 0 is greedy
+    top_p: float = 1.0
+    top_k: int = -1  # -1: the whole vocabulary
+    max_response_tokens: int = 1024
+    stop_token_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class GenerateRequest:
+    """Go on from `tokens` (prompt + response so far); at most `max_new_tokens` more."""
+
+    rollout_id: str
+    tokens: tuple[int, ...]
+    max_new_tokens: int
+    sampling: SamplingParams
+
+
+class EngineLost(RuntimeError):
+    """An engine died, stopped answering or answered nonsense; what it had streamed before is valid."""
