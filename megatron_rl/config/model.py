@@ -85,7 +85,7 @@ class ParallelConfig(Config):
             raise ValueError(f"parallel: tp x pp x cp = {self.tp} x {self.pp} x {self.cp} does not divide the {world_size} ranks")
         if (world_size // self.pp) % (self.ep * self.etp):
             raise ValueError(
-                f"parallel.ep: ep x etp = {self.ep} x {self.etp} does not divide the {world_size // self.pp} ranks of a pipeline stage"
+                f"parallel.ep: ep x etp = {self.ep} x {self.etp} does not divide the {world_size // self.pp} ranks of a stage"
             )
         for key, value, by, what in (
             ("tp", model.num_attention_heads, self.tp, "model.num_attention_heads"),
@@ -106,7 +106,7 @@ class ParallelConfig(Config):
         if model.moe.ffn_hidden_size % self.etp:
             raise ValueError(f"parallel.etp={self.etp} does not divide model.moe.ffn_hidden_size={model.moe.ffn_hidden_size}")
         if self.tp > 1 and not self.sequence_parallel:
-            raise ValueError("parallel.sequence_parallel: Megatron-Core trains MoE layers under tp > 1 only with sequence_parallel=true")
+            raise ValueError("parallel.sequence_parallel: must be true, Megatron-Core trains MoE layers under tp > 1 only so")
 
 
 class OptimizerConfig(Config):

@@ -13,10 +13,12 @@ from megatron_rl.config.rollout import EngineConfig, RewardConfig, RolloutConfig
 
 
 class DirConfig(Config):
-    dir: str
+    dir: str  # the run directory
     seed: int = Field(default=0, ge=0)
     steps: PositiveInt
-    resume: bool | Literal["auto"] = "auto"  # auto: go on where a checkpoint exists; true: it must; false: the directory must be new
+
+
+Resume = bool | Literal["auto"]  # auto: go on where a checkpoint exists; true: one must exist; false: the directory must be new
 
 
 class DataConfig(Config):
@@ -40,7 +42,8 @@ class TrackConfig(Config):
 
 
 class EvalConfig(Config):
-    every: NonNegativeInt = 0  # steps; 0: never inside training
+    every: NonNegativeInt = 0  # training steps between two evaluations; 0: none between the ends
+    at_ends: bool = True  # before the first step and after the last
     prompts: PositiveInt | None = None  # the first so many; null: all
     samples: PositiveInt = 4
     temperature: float = Field(default=1.0, ge=0.0)
@@ -50,6 +53,7 @@ class EvalConfig(Config):
 
 class RlRun(Config):
     run: DirConfig
+    resume: Resume = "auto"
     model: ModelConfig
     parallel: ParallelConfig = ParallelConfig()
     optimizer: OptimizerConfig
@@ -70,8 +74,8 @@ class RlRun(Config):
                 f"rollout: max_prompt_tokens + max_response_tokens = {longest} is beyond "
                 f"model.max_position_embeddings={self.model.max_position_embeddings}"
             )
-        if self.eval.every and not self.data.eval:
-            raise ValueError("eval.every is set, data.eval is not")
+        if (self.eval.every or self.eval.at_ends) and not self.data.eval:
+            raise ValueError("data.eval: null, but eval.every or eval.at_ends asks for an evaluation")
         return self
 
 
@@ -88,6 +92,7 @@ class SftData(Config):
 
 class SftRun(Config):
     run: DirConfig
+    resume: Resume = "auto"
     model: ModelConfig
     parallel: ParallelConfig = ParallelConfig()
     optimizer: OptimizerConfig
@@ -98,10 +103,16 @@ class SftRun(Config):
     track: TrackConfig = TrackConfig()
 
 
+class EvalData(Config):
+    eval: str  # JSONL of prompts
+    tokenizer: str | None = None  # null: the checkpoint's own
+    chat_template: bool = False
+
+
 class EvalRun(Config):
     out: str  # directory of summary.json and responses.jsonl
     checkpoint: str  # a Hugging Face directory
-    data: DataConfig
+    data: EvalData
     engine: EngineConfig = EngineConfig()
     reward: RewardConfig = RewardConfig()
     eval: EvalConfig = EvalConfig()

@@ -1,0 +1,48 @@
+"""Local ranks without a launcher of one's own: torch's elastic agent for one node, and one process per job of a sweep."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from megatron_rl.config import EvalRun, RlRun, SftRun, UserError
+
+
+def run_ranks(verb: str, overrides: list[str], nproc: int) -> None:
+    """The same job in `nproc` ranks on this machine. The ranks print their own errors; this only passes on the exit code."""
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nproc)))
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=nproc,
+        rdzv_backend="c10d",
+        rdzv_endpoint="127.0.0.1:0",
+        max_restarts=0,
+        monitor_interval=0.1,
+    )
+    try:
+        elastic_launch(config, sys.executable)("-m", "megatron_rl", verb, *overrides)
+    except ChildFailedError as error:
+        _, failure = error.get_first_failure()
+        sys.exit(failure.exitcode if failure.exitcode > 0 else 1)
+    except SignalException as error:
+        sys.exit(128 + error.sigval)
+
+
+def run_sweep_job(verb: str, overrides: list[str], config: RlRun | SftRun | EvalRun, number: int) -> None:
+    """One job of a sweep in a process of its own (Megatron and NCCL keep state per process), in `<its directory>/job_<number>`
+    unless its overrides give it a directory."""
+    key, directory = ("out", config.out) if isinstance(config, EvalRun) else ("run.dir", config.run.dir)
+    if not any(override.startswith(f"{key}=") for override in overrides):
+        overrides = [*overrides, f"{key}={Path(directory) / f'job_{number}'}"]
+    done = subprocess.run([sys.executable, "-m", "megatron_rl", verb, *overrides], check=False)
+    if done.returncode:
+        raise UserError(f"sweep job {number} ({' '.join(overrides)}) ended with exit code {done.returncode}", exit_code=1)
