@@ -98,7 +98,8 @@ class Engines(Protocol):
     def alive(self) -> Sequence[Engine]: ...
 
     def start(self) -> None:
-        """Start every engine and wait until each answers; raises UserError (port in use) or EngineLost with the engine's own last words."""
+        """Start every engine and wait until each answers. Raises UserError (port in use) or EngineLost with the engine's own
+        last words."""
 
     def recover(self) -> list[str]:
         """Restart what died; the names restarted. They hold the weights of their start-up checkpoint until the next push."""
@@ -122,6 +123,9 @@ class Prompts(Protocol):
 
     def take(self) -> tuple[str, Prompt]:
         """(group id, prompt); the group id is unique over the whole run: `<epoch>:<prompt id>`."""
+
+    def give_back(self, group_id: str) -> None:
+        """A group that was dropped: its prompt is offered again under the same id."""
 
     def state_dict(self) -> dict[str, Any]: ...
 

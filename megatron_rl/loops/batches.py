@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
@@ -73,10 +74,20 @@ def rl_sequences(
     return sequences
 
 
-def sft_sequences(examples: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]) -> list[TrainSequence]:
-    """(prompt, response) token pairs; every response token of the batch weighs the same."""
-    weight = 1.0 / sum(len(response) for _, response in examples)
-    return [TrainSequence(prompt, response, {"weight": torch.full((len(response),), weight)}) for prompt, response in examples]
+class Example(Protocol):
+    @property
+    def prompt_tokens(self) -> tuple[int, ...]: ...
+
+    @property
+    def response_tokens(self) -> tuple[int, ...]: ...
+
+
+def sft_sequences(examples: Sequence[Example]) -> list[TrainSequence]:
+    """Every response token of the batch weighs the same."""
+    weight = 1.0 / sum(len(example.response_tokens) for example in examples)
+    return [
+        TrainSequence(e.prompt_tokens, e.response_tokens, {"weight": torch.full((len(e.response_tokens),), weight)}) for e in examples
+    ]
 
 
 def microbatches(

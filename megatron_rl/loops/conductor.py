@@ -27,6 +27,7 @@ from megatron_rl.types import EngineLost, GenerateRequest, Group, Progress, Roll
 
 log = logging.getLogger(__name__)
 ABORT_REPEAT_S = 0.5  # a request that was on its way while we aborted is caught by the next abort
+STOP_POLL_S = 0.1  # a signal handler cannot wake an idle event loop
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,6 @@ class Conductor:
         self.state = sched.State()
         self.rollouts: dict[str, Rollout] = {}  # members of groups that are not released yet
         self.scored: list[Group] = []  # released and judged, not trained yet
-        self.open_version: int | None = None  # of a phase that ran out of engines and waits to go on
         self._waiting: list[str] = []  # rollouts the scheduler started and no engine has yet
 
     def phase(self, version: int, train_token_budget: int | None = None) -> Phase:
@@ -67,7 +67,9 @@ class Conductor:
         if status != "done":
             return Phase(status)
         metrics = sched.metrics(self.state, self.settings) | {"time/rollout_s": time.monotonic() - started}
-        return Phase("done", self._take(train_token_budget), metrics)
+        groups = self._take(train_token_budget)
+        sched.step(self.state, sched.Trained(tuple(group.id for group in groups)), self.settings)
+        return Phase("done", groups, metrics)
 
     async def _phase(self, version: int) -> Literal["done", "no_engine", "stopped"]:
         work = _PhaseWork(self)
@@ -111,21 +113,18 @@ class _PhaseWork:
         self.tasks: set[asyncio.Task[None]] = set()
         self.in_flight: dict[str, set[str]] = defaultdict(set)  # engine name -> rollout ids
         self.lost: set[str] = set()
-        self.phase_done = False
 
     async def run(self, version: int) -> Literal["done", "no_engine", "stopped"]:
         c = self.c
         if c.stop.requested:
             return "stopped"
-        if c.open_version is None:
+        if c.state.phase == "idle":  # else a phase that ran out of engines goes on
             self._apply([sched.PhaseStarted(version)])
-            c.open_version = version
         watcher = asyncio.create_task(self._watch_for_stop())
         try:
             while True:
                 self._dispatch()
-                if not self.tasks and (self.phase_done or c.stop.requested):
-                    c.open_version = None
+                if not self.tasks and c.state.phase == "idle":
                     return "stopped" if c.stop.requested else "done"
                 if not self.tasks and not self._alive():
                     return "no_engine"
@@ -152,9 +151,8 @@ class _PhaseWork:
         match action:
             case sched.WantGroup():
                 group_id, prompt = c.prompts.take()
-                for sample in range(c.settings.group_size):
-                    rollout = Rollout(id=f"{group_id}#{sample}", prompt=prompt, sample=sample)
-                    c.rollouts[rollout.id] = rollout
+                for sample, name in enumerate(self._members(group_id)):
+                    c.rollouts[name] = Rollout(id=name, prompt=prompt, sample=sample)
                 return [sched.GroupOffered(group_id)]
             case sched.Start(rollout_id):
                 c._waiting.append(rollout_id)
@@ -166,15 +164,18 @@ class _PhaseWork:
                 old = c.rollouts[rollout_id]
                 c.rollouts[rollout_id] = Rollout(id=old.id, prompt=old.prompt, sample=old.sample)
             case sched.DropGroup(group_id):
-                for sample in range(c.settings.group_size):
-                    del c.rollouts[f"{group_id}#{sample}"]
+                for name in self._members(group_id):
+                    del c.rollouts[name]
                 c.prompts.give_back(group_id)
             case sched.Release(group_id):
-                members = tuple(c.rollouts.pop(f"{group_id}#{sample}") for sample in range(c.settings.group_size))
+                members = tuple(c.rollouts.pop(name) for name in self._members(group_id))
                 self._spawn(self._score(group_id, members))
             case sched.PhaseDone():
-                self.phase_done = True
+                pass  # the state says so
         return []
+
+    def _members(self, group_id: str) -> list[str]:
+        return [sched.rollout_id(group_id, sample) for sample in range(self.c.settings.group_size)]
 
     def _alive(self) -> list[Engine]:
         return [engine for engine in self.c.engines.alive if engine.name not in self.lost]
@@ -245,7 +246,7 @@ class _PhaseWork:
 
     async def _watch_for_stop(self) -> None:
         while not self.c.stop.requested:
-            await asyncio.sleep(0.1)
+            await asyncio.sleep(STOP_POLL_S)
         self.events.put_nowait([sched.Stop()])
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:

@@ -20,8 +20,7 @@ from megatron_rl.ports import Policy, Ranks, Store, TokenLoss, Tracker
 
 
 class ExampleStream(Protocol):
-    def batch(self, step: int) -> Sequence[tuple[tuple[int, ...], tuple[int, ...]]]:
-        """(prompt, response) token pairs of one step."""
+    def batch(self, step: int) -> Sequence[batches.Example]: ...
 
 
 @dataclass(frozen=True)

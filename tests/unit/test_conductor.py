@@ -1,0 +1,142 @@
+"""The conductor against scripted engines: nothing lost, nothing twice, whatever dies."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Iterator
+
+import pytest
+from fakes import CountedPrompts, ParityRewards, ScriptedEngine, ScriptedEngines, length_of
+
+from megatron_rl.loops.conductor import Conductor, Phase
+from megatron_rl.loops.signals import StopFlag
+from megatron_rl.scheduler.c3po_pp import Settings
+from megatron_rl.types import SamplingParams
+
+GROUP, POOL, BUDGET = 4, 24, 100
+
+
+@pytest.fixture
+def runner() -> Iterator[asyncio.Runner]:
+    with asyncio.Runner() as runner:
+        yield runner
+
+
+def conductor(runner: asyncio.Runner, engines: ScriptedEngines, **settings: object) -> Conductor:
+    values = {"token_budget": BUDGET, "pool_capacity": POOL, "group_size": GROUP, "retention_bound": 100, **settings}
+    sampling = SamplingParams(max_response_tokens=64)
+    return Conductor(
+        Settings(**values), sampling, engines, ParityRewards(), CountedPrompts(), StopFlag(), runner, timeout_s=20
+    )
+
+
+def two_engines() -> ScriptedEngines:
+    return ScriptedEngines([ScriptedEngine("a", prompt_tokens=2), ScriptedEngine("b", prompt_tokens=2, chunk=1)])
+
+
+def check_groups(phase: Phase) -> None:
+    """Every member is whole: its own tokens in order, though several engines and versions made them."""
+    for group in phase.groups:
+        assert [r.sample for r in group.rollouts] == list(range(GROUP))
+        for rollout in group.rollouts:
+            n = length_of(rollout.id)
+            assert rollout.tokens == tuple(p % 50 for p in range(n))
+            assert rollout.engine_logprobs == tuple(-p / 100 for p in range(n))
+            assert rollout.finish_reason == "stop"
+            assert list(rollout.versions) == sorted(rollout.versions)
+
+
+def test_every_prompt_is_handed_out_once_over_many_phases(runner: asyncio.Runner) -> None:
+    engines = two_engines()
+    c = conductor(runner, engines)
+    seen: list[str] = []
+    carried = 0
+    for version in range(30):
+        for engine in engines.engines:
+            engine.version = version
+        phase = c.phase(version)
+        assert phase.status == "done"
+        check_groups(phase)
+        assert len(c.rollouts) <= POOL + POOL * (GROUP - 1)  # unfinished ones and finished siblings that wait for them
+        carried += phase.metrics["rollout/carried"] > 0
+        seen += [group.prompt.id for group in phase.groups]
+    open_prompts = {rollout.prompt.id for rollout in c.rollouts.values()}
+    assert len(seen) == len(set(seen))
+    assert set(seen) | open_prompts == {f"p{i}" for i in range(c.prompts.next)}  # type: ignore[attr-defined]
+    assert carried > 15
+
+
+def test_tokens_carried_over_keep_the_version_that_made_them(runner: asyncio.Runner) -> None:
+    engines = two_engines()
+    c = conductor(runner, engines)
+    mixed = 0
+    for version in range(10):
+        for engine in engines.engines:
+            engine.version = version
+        mixed += sum(len(set(r.versions)) > 1 for group in c.phase(version).groups for r in group.rollouts)
+    assert mixed > 0
+
+
+def test_a_lost_engines_rollouts_go_on_elsewhere_from_their_last_token(runner: asyncio.Runner) -> None:
+    engines = two_engines()
+    engines.engines[0].dies_after = 2
+    c = conductor(runner, engines)
+    phase = c.phase(0)
+    assert phase.status == "done"
+    check_groups(phase)
+    assert len(engines.engines[1].served) > len(set(engines.engines[1].served)) - 1
+    assert set(engines.engines[0].served) & set(engines.engines[1].served)
+
+
+def test_without_engines_the_phase_waits_to_go_on(runner: asyncio.Runner) -> None:
+    engines = two_engines()
+    for engine in engines.engines:
+        engine.dies_after = 2
+    c = conductor(runner, engines)
+    assert c.phase(0).status == "no_engine"
+    assert engines.recover() == ["a", "b"]
+    phase = c.phase(0)
+    assert phase.status == "done"
+    check_groups(phase)
+
+
+def test_a_stopped_and_restored_conductor_loses_nothing(runner: asyncio.Runner) -> None:
+    c = conductor(runner, two_engines())
+    seen = [group.prompt.id for version in range(3) for group in c.phase(version).groups]
+    c.stop.requested = True
+    assert c.phase(3).status == "stopped"
+    saved = json.loads(json.dumps(c.state_dict()))
+
+    engines = two_engines()
+    other = conductor(runner, engines)
+    other.load_state_dict(saved)
+    assert json.loads(json.dumps(other.state_dict())) == saved
+    for version in range(3, 20):
+        phase = other.phase(version)
+        check_groups(phase)
+        seen += [group.prompt.id for group in phase.groups]
+    open_prompts = {rollout.prompt.id for rollout in other.rollouts.values()}
+    assert len(seen) == len(set(seen))
+    assert set(seen) | open_prompts == {f"p{i}" for i in range(other.prompts.next)}  # type: ignore[attr-defined]
+
+
+def test_a_train_budget_leaves_whole_groups_for_the_next_step(runner: asyncio.Runner) -> None:
+    c = conductor(runner, two_engines(), token_budget=400)
+    first = c.phase(0, train_token_budget=30)
+    waiting = [group.id for group in c.scored]
+    assert sum(len(r.tokens) for g in first.groups[:-1] for r in g.rollouts) < 30
+    assert waiting
+    assert [g.id for g in c.phase(1, train_token_budget=30).groups][0] == waiting[0]
+
+
+def test_a_phase_beyond_its_limit_says_what_it_waited_for(runner: asyncio.Runner) -> None:
+    class Silent(ScriptedEngine):
+        async def generate(self, requests):  # type: ignore[no-untyped-def, override]
+            await asyncio.sleep(60)
+            yield []
+
+    c = conductor(runner, ScriptedEngines([Silent("mute", 2)]))
+    c.timeout_s = 0.2
+    with pytest.raises(TimeoutError, match=r"phase 0 still waits for 24 rollouts on mute"):
+        c.phase(0)
