@@ -1,0 +1,329 @@
+"""C3PO++ as a pure state machine: which rollouts run, when a phase ends, which groups may be trained.
+
+Ring-1T report, arXiv 2510.18855, section 2.3.3 and Algorithm 1. The machine sees ids and token counts; prompts, tokens, engines and
+time belong to its driver, which reports `Event`s to `step` and does the `Action`s that it returns, in order. `step` changes the
+state in place, so that an event costs O(1) (the start of a phase: O(pool log pool)). All that the machine knows is in the state: a
+run is a fold over its event log, and production, replay and simulation are the same code.
+
+The pool is the unfinished rollouts, running or carried; finished members wait beside it for their siblings. A phase belongs to one
+weight version. It ends when its budget is spent *and* a group waits for training. With the budget spent no further group is
+wanted, but what is in the pool goes on until a group is complete: since the pool is not empty then, no phase ends empty-handed and
+none lives for ever. `policy="synchronous"` is the baseline: pool_capacity // group_size groups, all waited for, nothing carried.
+
+Invariants (tests/property/test_c3po_pp.py):
+- conservation: each member of each offered group is in the pool, waits finished for its siblings, is in the training pool, or has
+  been trained, exactly one of these; a dropped group has left whole and may be offered again; nothing is trained twice;
+- capacity: the pool and what it has asked for never exceed pool_capacity;
+- accounting: the budget's count is the sum of what was generated (or finished) in the phase, to the token;
+- ageing: retention is version - version at the first token; what has no token does not age;
+- durability: from_json(to_json(state)) == state, and both go on identically; the fold over the event log gives the state;
+- progress: any phase ends after finitely many events if rollouts do; a phase cut short by Stop goes on with the same count
+  when PhaseStarted names the same version again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, assert_never
+
+from megatron_rl.scheduler.messages import (
+    Action,
+    DropGroup,
+    Event,
+    Finished,
+    Generated,
+    GroupOffered,
+    Interrupted,
+    PhaseDone,
+    PhaseStarted,
+    Release,
+    Restart,
+    Settings,
+    Start,
+    Stop,
+    StopAll,
+    Trained,
+    WantGroup,
+    rollout_id,
+)
+
+__all__ = [
+    "Action",
+    "DropGroup",
+    "Event",
+    "Finished",
+    "Generated",
+    "GroupOffered",
+    "Interrupted",
+    "PhaseDone",
+    "PhaseStarted",
+    "Release",
+    "Restart",
+    "Settings",
+    "Start",
+    "State",
+    "Stop",
+    "StopAll",
+    "Trained",
+    "WantGroup",
+    "metrics",
+    "rollout_id",
+    "spent",
+    "step",
+]
+
+Status = Literal["waiting", "running", "finished"]
+
+
+@dataclass(slots=True)
+class Member:
+    tokens: int = 0
+    first_version: int | None = None  # of the weights that sampled its first token
+    status: Status = "waiting"
+
+
+@dataclass(slots=True)
+class Counts:
+    """Of one phase."""
+
+    generated: int = 0  # tokens
+    finished: int = 0  # tokens of the rollouts that finished, earlier phases' share included
+    released: int = 0  # groups
+    resumed: int = 0  # rollouts that went on from an earlier phase's tokens
+    restarted: int = 0  # rollouts
+    dropped_stale: int = 0  # rollouts with tokens, of groups dropped for a stale member
+    discarded: int = 0  # tokens of the restarted and the dropped
+
+
+@dataclass
+class State:
+    """All that a run's scheduler knows; JSON by `to_json`. Group order is admission order."""
+
+    phase: Literal["idle", "running", "stopping"] = "idle"
+    version: int = -1
+    wants: int = 0  # groups asked for and not yet offered
+    counts: Counts = field(default_factory=Counts)
+    groups: dict[str, list[Member]] = field(default_factory=dict)  # with an unfinished member
+    training_pool: dict[str, list[int]] = field(default_factory=dict)  # released, untrained: each member's first version
+    unfinished: int = 0  # the pool's size
+    running: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        """Lists, not objects, where order matters: it survives a serialiser that sorts keys."""
+        return {
+            "phase": self.phase,
+            "version": self.version,
+            "wants": self.wants,
+            "counts": asdict(self.counts),
+            "groups": [[name, [[m.tokens, m.first_version, m.status] for m in members]] for name, members in self.groups.items()],
+            "training_pool": [[name, versions] for name, versions in self.training_pool.items()],
+        }
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> State:
+        groups = {name: [Member(*member) for member in members] for name, members in value["groups"]}
+        statuses = [member.status for members in groups.values() for member in members]
+        return cls(
+            phase=value["phase"],
+            version=value["version"],
+            wants=value["wants"],
+            counts=Counts(**value["counts"]),
+            groups=groups,
+            training_pool={name: list(versions) for name, versions in value["training_pool"]},
+            unfinished=len(statuses) - statuses.count("finished"),
+            running=statuses.count("running"),
+        )
+
+
+def step(state: State, event: Event, settings: Settings) -> list[Action]:
+    """Take in one event; what the driver must do now. Raises ValueError for an event that cannot follow this state."""
+    actions: list[Action] = []
+    match event:
+        case Generated(name, tokens):
+            member = _running(state, name)
+            if member.first_version is None and tokens:
+                member.first_version = state.version
+            member.tokens += tokens
+            state.counts.generated += tokens
+        case Finished(name):
+            _finish(state, name, actions)
+        case Interrupted(name):
+            _running(state, name).status = "waiting"
+            state.running -= 1
+            if state.phase == "running":
+                _start(state, name, actions)
+        case GroupOffered(group_id):
+            _admit(state, group_id, settings.group_size, actions)
+        case PhaseStarted(version):
+            _open_phase(state, version, settings, actions)
+        case Stop():
+            if state.phase == "running":
+                _stop(state, actions)
+        case Trained(group_ids):
+            for group_id in group_ids:
+                if group_id not in state.training_pool:
+                    raise ValueError(f"{event}: {group_id} is not in the training pool")
+                del state.training_pool[group_id]
+        case _:
+            assert_never(event)
+
+    if state.phase == "running":
+        if _complete(state, settings):
+            _stop(state, actions)
+        else:
+            _refill(state, settings, actions)
+    if state.phase == "stopping" and not state.running:
+        state.phase, state.wants = "idle", 0
+        actions.append(PhaseDone())
+    return actions
+
+
+def spent(state: State, settings: Settings) -> int:
+    """C, the tokens that count against this phase's budget."""
+    return state.counts.generated if settings.budget_counts == "generated" else state.counts.finished
+
+
+def metrics(state: State, settings: Settings) -> dict[str, float]:
+    """Of the phase just done, before its groups are reported Trained. Retention is that of the rollouts in the training pool,
+    in versions since their first token."""
+    counts = state.counts
+    unfinished = [m for _, m in _members(state) if m.status != "finished"]
+    ages = [state.version - first for versions in state.training_pool.values() for first in versions]
+    numbers = {
+        "generated_tokens": counts.generated,
+        "finished_tokens": counts.finished,
+        "released_groups": counts.released,
+        "budget_overshoot": max(0, spent(state, settings) - settings.token_budget) if settings.policy == "c3po_pp" else 0,
+        "pool_occupancy": len(unfinished),
+        "carried": sum(m.tokens > 0 for m in unfinished),
+        "resumed": counts.resumed,
+        "restarted": counts.restarted,
+        "dropped_stale": counts.dropped_stale,
+        "discarded_tokens": counts.discarded,
+        "retention_max": max(ages, default=0),
+        "retention_mean": sum(ages) / len(ages) if ages else 0.0,
+        "pool_retention_max": max((_retention(state, m) for m in unfinished), default=0),
+    }
+    return {f"rollout/{name}": float(number) for name, number in numbers.items()}
+
+
+def _complete(state: State, settings: Settings) -> bool:
+    if settings.policy == "synchronous":
+        return not state.groups and state.counts.released >= settings.pool_capacity // settings.group_size
+    return spent(state, settings) >= settings.token_budget and bool(state.training_pool)
+
+
+def _refill(state: State, settings: Settings, actions: list[Action]) -> None:
+    while _has_room(state, settings):
+        state.wants += 1
+        actions.append(WantGroup())
+
+
+def _has_room(state: State, settings: Settings) -> bool:
+    if state.unfinished + (state.wants + 1) * settings.group_size > settings.pool_capacity:
+        return False
+    underway = len(state.groups) + state.wants
+    if settings.policy == "synchronous":
+        return underway + state.counts.released < settings.pool_capacity // settings.group_size
+    return spent(state, settings) < settings.token_budget or underway == 0
+
+
+def _stop(state: State, actions: list[Action]) -> None:
+    state.phase = "stopping"
+    if state.running:
+        actions.append(StopAll())
+
+
+def _open_phase(state: State, version: int, settings: Settings, actions: list[Action]) -> None:
+    if state.phase != "idle" or version < state.version:
+        raise ValueError(f"phase {version} cannot start: phase {state.version} is {state.phase}")
+    if version > state.version:
+        state.version, state.counts = version, Counts()
+        _retire_stale(state, settings, actions)
+    state.phase = "running"
+    if _complete(state, settings):  # cut short by a Stop just when it was complete
+        return
+    waiting = [(name, member) for name, member in _members(state) if member.status == "waiting"]
+    waiting.sort(key=lambda item: version + 1 if item[1].first_version is None else item[1].first_version)  # stable: then admission
+    for name, member in waiting:
+        state.counts.resumed += member.tokens > 0
+        _start(state, name, actions)
+
+
+def _retire_stale(state: State, settings: Settings, actions: list[Action]) -> None:
+    if settings.on_stale == "finish":
+        return
+    stale = [n for n, m in _members(state) if m.status == "waiting" and _retention(state, m) > settings.retention_bound]
+    for name in stale:
+        group_id = name.rpartition("#")[0]
+        if settings.on_stale == "drop_group" and group_id in state.groups:
+            members = state.groups.pop(group_id)
+            state.unfinished -= sum(m.status == "waiting" for m in members)
+            state.counts.dropped_stale += sum(m.tokens > 0 for m in members)
+            state.counts.discarded += sum(m.tokens for m in members)
+            actions.append(DropGroup(group_id))
+        elif settings.on_stale == "restart":
+            member = _member(state, name)
+            state.counts.restarted += 1
+            state.counts.discarded += member.tokens
+            member.tokens, member.first_version = 0, None
+            actions.append(Restart(name))
+
+
+def _admit(state: State, group_id: str, size: int, actions: list[Action]) -> None:
+    if not state.wants:
+        raise ValueError(f"group {group_id} was offered, but none is wanted")
+    if group_id in state.groups or group_id in state.training_pool:
+        raise ValueError(f"group {group_id} was offered twice")
+    state.wants -= 1
+    state.groups[group_id] = [Member() for _ in range(size)]
+    state.unfinished += size
+    if state.phase == "running":
+        for sample in range(size):
+            _start(state, rollout_id(group_id, sample), actions)
+
+
+def _start(state: State, name: str, actions: list[Action]) -> None:
+    _member(state, name).status = "running"
+    state.running += 1
+    actions.append(Start(name))
+
+
+def _finish(state: State, name: str, actions: list[Action]) -> None:
+    member = _running(state, name)
+    member.status = "finished"
+    state.running -= 1
+    state.unfinished -= 1
+    state.counts.finished += member.tokens
+    group_id = name.rpartition("#")[0]
+    members = state.groups[group_id]
+    if all(m.status == "finished" for m in members):
+        del state.groups[group_id]
+        state.training_pool[group_id] = [state.version - _retention(state, m) for m in members]
+        state.counts.released += 1
+        actions.append(Release(group_id))
+
+
+def _retention(state: State, member: Member) -> int:
+    return 0 if member.first_version is None else state.version - member.first_version
+
+
+def _members(state: State) -> Iterator[tuple[str, Member]]:
+    for group_id, members in state.groups.items():
+        for sample, member in enumerate(members):
+            yield rollout_id(group_id, sample), member
+
+
+def _member(state: State, name: str) -> Member:
+    group_id, _, sample = name.rpartition("#")
+    if group_id not in state.groups or int(sample) >= len(state.groups[group_id]):
+        raise ValueError(f"rollout {name} is not in the pool")
+    return state.groups[group_id][int(sample)]
+
+
+def _running(state: State, name: str) -> Member:
+    member = _member(state, name)
+    if member.status != "running":
+        raise ValueError(f"rollout {name} is {member.status}, not running")
+    return member

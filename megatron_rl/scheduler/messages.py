@@ -1,0 +1,126 @@
+"""What the rollout scheduler is told, what it answers, and the numbers it works with. Ids and counts alone, all immutable."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    token_budget: int  # Phi: tokens per phase
+    pool_capacity: int  # Omega: unfinished rollouts
+    group_size: int
+    retention_bound: int  # sigma, in weight versions
+    budget_counts: Literal["generated", "finished"] = "generated"  # the report's prose, or its Algorithm 1
+    on_stale: Literal["finish", "restart", "drop_group"] = "finish"
+    policy: Literal["c3po_pp", "synchronous"] = "c3po_pp"
+
+    def __post_init__(self) -> None:
+        if self.token_budget < 1 or self.retention_bound < 0 or not 1 <= self.group_size <= self.pool_capacity:
+            raise ValueError(f"token_budget >= 1, retention_bound >= 0 and 1 <= group_size <= pool_capacity do not hold: {self}")
+
+
+def rollout_id(group_id: str, sample: int) -> str:
+    return f"{group_id}#{sample}"
+
+
+# Events: what the driver reports.
+
+
+@dataclass(frozen=True, slots=True)
+class PhaseStarted:
+    """Engines are ready under weights `version`: a new version starts a new phase, the same one goes on with a phase cut short."""
+
+    version: int
+
+
+@dataclass(frozen=True, slots=True)
+class GroupOffered:
+    """The answer to one WantGroup: a group new to the state, of group_size rollouts. Unanswered wants end with their phase."""
+
+    group_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Generated:
+    rollout_id: str
+    tokens: int  # since the last such event of this rollout
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """The rollout has reached its end; its last tokens came before, as Generated."""
+
+    rollout_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Interrupted:
+    """A running rollout runs no more: aborted, or its engine was lost. What it has generated stays."""
+
+    rollout_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """A shutdown: end the phase now, whatever its budget. Ignored when no phase runs or it is ending already."""
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """These groups have left the training pool for good: trained, or judged to carry no gradient."""
+
+    group_ids: tuple[str, ...]
+
+
+Event = PhaseStarted | GroupOffered | Generated | Finished | Interrupted | Stop | Trained
+
+
+# Actions: what the driver does, in order.
+
+
+@dataclass(frozen=True, slots=True)
+class WantGroup:
+    """Offer one more group; dropped ones first."""
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """Begin the rollout, or go on with it; never aborted or lost without an Interrupted."""
+
+    rollout_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class StopAll:
+    """Abort everything; each running rollout then reports Finished or Interrupted."""
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    """All members are finished: the group is in the training pool."""
+
+    group_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Restart:
+    """Discard the rollout's tokens; it begins anew."""
+
+    rollout_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class DropGroup:
+    """Discard all members; the state forgets the group, its prompt must be offered again (under the same id or another)."""
+
+    group_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class PhaseDone:
+    """Nothing runs any more."""
+
+
+Action = WantGroup | Start | StopAll | Release | Restart | DropGroup | PhaseDone
