@@ -97,14 +97,19 @@ class ParallelConfig(Config):
                 raise ValueError(f"parallel.{key}: {what}={value} is not divisible by {by}")
         if self.vpp > 1 and self.pp == 1:
             raise ValueError("parallel.vpp: more than one chunk per rank needs parallel.pp > 1")
+        if self.sequence_parallel and self.tp == 1:
+            raise ValueError("parallel.sequence_parallel=true needs parallel.tp > 1")
         if model.moe is None:
-            if self.ep > 1:
-                raise ValueError(f"parallel.ep={self.ep}: the model has no experts (model.moe is null)")
+            if self.ep * self.etp > 1:
+                raise ValueError(f"parallel.ep={self.ep}, etp={self.etp}: the model has no experts (model.moe is null)")
             return
         if model.moe.num_experts % self.ep:
             raise ValueError(f"parallel.ep={self.ep} does not divide model.moe.num_experts={model.moe.num_experts}")
         if model.moe.ffn_hidden_size % self.etp:
             raise ValueError(f"parallel.etp={self.etp} does not divide model.moe.ffn_hidden_size={model.moe.ffn_hidden_size}")
+        shared = model.moe.num_shared_experts * model.moe.ffn_hidden_size
+        if shared % self.tp:
+            raise ValueError(f"parallel.tp={self.tp} does not divide the shared experts' model.moe.ffn_hidden_size, {shared} in all")
         if self.tp > 1 and not self.sequence_parallel:
             raise ValueError("parallel.sequence_parallel: must be true, Megatron-Core trains MoE layers under tp > 1 only so")
 
