@@ -109,7 +109,7 @@ class ParallelConfig(Config):
             raise ValueError(f"parallel.etp={self.etp} does not divide model.moe.ffn_hidden_size={model.moe.ffn_hidden_size}")
         shared = model.moe.num_shared_experts * model.moe.ffn_hidden_size
         if shared % self.tp:
-            raise ValueError(f"parallel.tp={self.tp} does not divide the shared experts' model.moe.ffn_hidden_size, {shared} in all")
+            raise ValueError(f"parallel.tp={self.tp} does not divide the shared experts' model.moe.ffn_hidden_size ({shared})")
         if self.tp > 1 and not self.sequence_parallel:
             raise ValueError("parallel.sequence_parallel: must be true, Megatron-Core trains MoE layers under tp > 1 only so")
 

@@ -18,7 +18,7 @@ class DirConfig(Config):
     steps: PositiveInt
 
 
-Resume = Literal[True, False, "auto"]  # auto: go on where a checkpoint exists; true: one must exist; false: the directory must be new
+Resume = Literal[True, False, "auto"]  # auto: go on where a checkpoint exists; true: one must; false: the directory must be new
 
 
 class DataConfig(Config):
