@@ -1,0 +1,73 @@
+"""Saves and restores a run: the policy's state by Megatron's distributed checkpointing, the loop's as JSON beside it.
+
+Invariants:
+- a step is committed by rank 0 after every rank has written its part;
+- an error on one rank is raised on all, none is left waiting;
+- a checkpoint restores at any layout; at its own world size with the random states, too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.mapping import CheckpointingException
+from torch.distributed.checkpoint.api import CheckpointException
+
+from megatron_rl.checkpoint import disk, writer
+from megatron_rl.checkpoint.megatron_state import Trainable, apply_state, sharded_state
+from megatron_rl.config.errors import UserError
+from megatron_rl.ports import Ranks
+
+
+class CheckpointStore:
+    """`ports.Store`. `export` is handed in: the resharding room knows Hugging Face checkpoints."""
+
+    def __init__(self, folder: Path, policy: Trainable, ranks: Ranks, keep: int, export: Callable[[Path], None]) -> None:
+        self._folder, self._policy, self._ranks, self._keep, self._export = folder, policy, ranks, keep, export
+
+    def save(self, step: int, trainer: Mapping[str, Any]) -> Path:
+        final = self._folder / f"step_{step}"
+        building = final.with_suffix(".tmp")
+        sharded, common = writer.split(sharded_state(self._policy, loading=False))
+        self._on_rank_0(lambda: disk.begin(building, trainer, partial(writer.write_common, common)), f"beginning {final}")
+        failure: CheckpointException | None = None
+        try:
+            writer.write_sharded(sharded, building)
+        except CheckpointException as raised:  # on all ranks, if on one
+            failure = raised
+        self._on_rank_0(lambda: disk.commit(building, step, self._ranks.world_size, failure), f"committing {final}")
+        self._on_rank_0(lambda: disk.prune(self._folder, self._keep), f"removing old checkpoints from {self._folder}")
+        return final
+
+    def restore(self) -> tuple[int, dict[str, Any]] | None:
+        found: disk.Found | None = self._on_rank_0(lambda: disk.newest(self._folder), f"looking for a checkpoint in {self._folder}")
+        if found is None:
+            return None
+        state = sharded_state(self._policy, loading=True, rng=found.world_size == self._ranks.world_size)
+        try:
+            loaded = dist_checkpointing.load(state, str(found.folder))
+        except (CheckpointException, CheckpointingException) as error:
+            raise UserError(f"{found.folder} does not fit the configured model: {error}", exit_code=1) from error
+        apply_state(self._policy, loaded)
+        return found.step, found.trainer
+
+    def export_hf(self, path: Path) -> None:
+        self._export(path)
+
+    def _on_rank_0(self, act: Callable[[], Any], what: str) -> Any:
+        """*Collective*: rank 0 works on the disk; every rank gets its result or raises its error."""
+        result, error, told = None, None, None
+        if self._ranks.rank == 0:
+            try:
+                result = act()
+            except Exception as raised:
+                error = raised
+                told = raised if isinstance(raised, UserError) else RuntimeError(f"rank 0, {what}: {raised!r}")
+        result, told = self._ranks.broadcast((result, told), what)
+        if told is not None:
+            raise error or told
+        return result
