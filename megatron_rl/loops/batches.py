@@ -58,7 +58,7 @@ def rl_sequences(
     rollouts = [(rollout, index) for index, group in enumerate(groups) for rollout in group.rollouts]
     if not rollouts:
         return []
-    advantages = torch.cat([group_advantages(torch.tensor(group.rewards), method=advantage) for group in groups]).tolist()
+    advantages = [a for group in groups for a in group_advantages(torch.tensor(group.rewards, dtype=torch.float32), advantage).tolist()]
     lengths, group_of = [len(rollout.tokens) for rollout, _ in rollouts], [index for _, index in rollouts]
     weights = token_weights(lengths, group_of, method=aggregation, budget=train_token_budget)
     sequences = []

@@ -1,0 +1,83 @@
+"""Groups of rollouts to packed microbatches: what lands where, and that nothing depends on the split."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from megatron_rl.loops.batches import microbatches, rl_sequences, sft_sequences, usable_groups
+from megatron_rl.types import Group, Prompt, Rollout, Score
+
+CPU = torch.device("cpu")
+
+
+def group(name: str, rewards: list[float], lengths: list[int], statuses: list[str] | None = None) -> Group:
+    prompt = Prompt(name, name, (7, 8), "a", "exact")
+    rollouts = tuple(
+        Rollout(f"0:{name}#{i}", prompt, i, tuple(range(10, 10 + n)), tuple(-0.1 * t for t in range(n)), (0,) * n, "stop")
+        for i, n in enumerate(lengths)
+    )
+    statuses = statuses or ["correct" if r else "wrong" for r in rewards]
+    return Group(f"0:{name}", prompt, rollouts, tuple(Score(r, s) for r, s in zip(rewards, statuses, strict=True)))  # type: ignore[arg-type]
+
+
+def test_groups_without_variance_are_left_out_only_when_dropped() -> None:
+    groups = [group("even", [1, 1], [2, 2]), group("mixed", [1, 0], [2, 2])]
+    assert [g.id for g in usable_groups(groups, zero_variance_mode="drop", exclude_failed=True)] == ["0:mixed"]
+    assert len(usable_groups(groups, zero_variance_mode="keep", exclude_failed=True)) == 2
+
+
+def test_members_without_a_judgement_leave_the_group() -> None:
+    one = group("a", [1, 0, 0], [2, 3, 4], ["correct", "timeout", "wrong"])
+    (left,) = usable_groups([one], zero_variance_mode="drop", exclude_failed=True)
+    assert [r.sample for r in left.rollouts] == [0, 2]
+    assert usable_groups([group("b", [0], [2], ["error"])], zero_variance_mode="keep", exclude_failed=True) == []
+
+
+def test_every_field_belongs_to_its_response_token() -> None:
+    sequences = rl_sequences([group("a", [1, 0], [2, 3])], advantage="dr_grpo", aggregation="sequence", train_token_budget=None)
+    (batch,) = microbatches(sequences, capacity=100, replicas=1, replica=0, device=CPU)
+    first = batch.tokens_T.tolist().index(7)
+    starts = batch.cu_seqlens.tolist()
+    assert first == 0
+    for begin, end in zip(starts, starts[1:], strict=False):
+        n = end - begin - 2
+        assert batch.tokens_T[begin:end].tolist() == [7, 8, *range(10, 10 + n)]
+        assert batch.loss_mask_T[begin:end].tolist() == [0, 0] + [1] * n
+        assert batch.fields["engine_logprobs"][begin + 2 : end].tolist() == pytest.approx([-0.1 * t for t in range(n)])
+        assert batch.fields["advantages"][begin:end].tolist() == [0, 0] + [0.5 if n == 2 else -0.5] * n
+        assert batch.fields["weight"][begin:end].tolist() == pytest.approx([0, 0] + [1 / (1 * 2 * n)] * n)
+
+
+def test_a_token_budget_cuts_after_the_advantages() -> None:
+    sequences = rl_sequences([group("a", [1, 0], [2, 3])], advantage="dr_grpo", aggregation="token_budget", train_token_budget=4)
+    assert [len(s.response) for s in sequences] == [2, 2]
+    assert [s.fields["advantages"][0].item() for s in sequences] == [0.5, -0.5]
+    assert all(s.fields["weight"].tolist() == [0.25, 0.25] for s in sequences)
+
+
+@pytest.mark.parametrize("replicas", [1, 2, 3])
+@pytest.mark.parametrize("capacity", [8, 20, 1000])
+def test_all_replicas_together_hold_every_token_once(replicas: int, capacity: int) -> None:
+    groups = [group(f"g{i}", [1, 0], [1 + i, 9 - i]) for i in range(5)]
+    sequences = rl_sequences(groups, advantage="grpo", aggregation="token", train_token_budget=None)
+    shares = [microbatches(sequences, capacity=capacity, replicas=replicas, replica=r, device=CPU) for r in range(replicas)]
+    assert len({len(share) for share in shares}) == 1
+    masked = sum(int(batch.loss_mask_T.sum()) for share in shares for batch in share)
+    weight = sum(float(batch.fields["weight"].sum()) for share in shares for batch in share)
+    assert masked == sum(len(s.response) for s in sequences)
+    assert weight == pytest.approx(1.0)
+
+
+def test_fewer_sequences_than_replicas_are_filled_up_with_masked_ones() -> None:
+    sequences = rl_sequences([group("a", [1], [3])], advantage="reinforce", aggregation="token", train_token_budget=None)
+    shares = [microbatches(sequences, capacity=100, replicas=2, replica=r, device=CPU) for r in range(2)]
+    assert sorted(int(share[0].loss_mask_T.sum()) for share in shares) == [0, 3]
+
+
+def test_sft_weighs_every_response_token_the_same() -> None:
+    class Example:
+        prompt_tokens, response_tokens = (1,), (2, 3, 4)
+
+    sequences = sft_sequences([Example(), Example()])
+    assert all(s.fields["weight"].tolist() == pytest.approx([1 / 6] * 3) for s in sequences)
