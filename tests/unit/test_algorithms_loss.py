@@ -1,0 +1,256 @@
+"""Losses: hand-computed values, finite differences, packing invariance, broken log-probs."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.autograd import gradcheck
+
+from megatron_rl.algorithms.batch import LossOutput, PackedBatch
+from megatron_rl.algorithms.loss import TokenLoss, policy_loss, sft_loss, summarise
+
+LOG = math.log
+FULL = policy_loss(clip_low=0.2, clip_high=0.3, kl_weight=0.1, entropy_weight=0.01)
+
+
+def packed(lengths: list[int], mask: list[float], **fields: list[float] | torch.Tensor) -> PackedBatch:
+    values = {name: torch.as_tensor(value) for name, value in fields.items()}
+    return PackedBatch(
+        tokens_T=torch.zeros(len(mask), dtype=torch.int64),
+        cu_seqlens=torch.tensor([0, *lengths]).cumsum(0).to(torch.int32),
+        loss_mask_T=torch.tensor(mask),
+        fields=values,
+    )
+
+
+def hand_batch() -> tuple[torch.Tensor, torch.Tensor, PackedBatch]:
+    """Six tokens, the first a prompt's, with garbage in its fields. Ratios r = new / old and k = old / engine:
+
+        token       1     2     3     4     5
+        engine    0.25  0.5   0.1   0.5   0.5
+        old       0.5   0.2   0.1   0.5   0.25
+        k         2     0.4   1     1     0.5     -> M = 2, 0, 1, 1, 0.5
+        new       0.75  0.4   0.2   0.25  0.25
+        r         1.5   2     2     0.5   1
+        A         1     1    -2    -1     4
+    """
+    engine, old, new = [0.25, 0.5, 0.1, 0.5, 0.5], [0.5, 0.2, 0.1, 0.5, 0.25], [0.75, 0.4, 0.2, 0.25, 0.25]
+    batch = packed(
+        [6],
+        [0.0, 1.0, 1.0, 1.0, 1.0, 1.0],
+        engine_logprobs=[math.nan, *map(LOG, engine)],
+        old_logprobs=[math.inf, *map(LOG, old)],
+        ref_logprobs=[math.nan, *map(LOG, new[:-1]), LOG(0.5)],  # equal to new, but 2 x new at the last token
+        advantages=[math.nan, 1.0, 1.0, -2.0, -1.0, 4.0],
+        weight=[math.nan, 0.1, 0.1, 0.1, 0.2, 0.2],
+    )
+    new_T = torch.tensor([math.nan, *map(LOG, new)], requires_grad=True)
+    entropy_T = torch.tensor([math.nan, 1.0, 2.0, 0.0, 0.0, 1.0], requires_grad=True)
+    return new_T, entropy_T, batch
+
+
+def test_policy_loss_by_hand() -> None:
+    new_T, entropy_T, batch = hand_batch()
+    output = FULL(new_T, entropy_T, batch)
+    # min(r A, clip(r, 0.8, 1.3) A): 1: min(1.5, 1.3) = 1.3; 3: min(-4, -2.6) = -4; 4: min(-0.5, -0.8) = -0.8; 5: 4.
+    # weight x M x that: 0.1 x 2 x 1.3 = 0.26; 0; 0.1 x -4 = -0.4; 0.2 x -0.8 = -0.16; 0.2 x 0.5 x 4 = 0.4. Sum 0.1.
+    policy = -0.1
+    # k3 at the last token: ref / new = 2, 2 - log 2 - 1 = 0.306853; x weight 0.2 x coefficient 0.1.
+    kl = 0.1 * 0.2 * (1 - LOG(2))
+    # Entropy: 0.1 x 1 + 0.1 x 2 + 0.2 x 1 = 0.5, x 0.01.
+    entropy = -0.005
+    expected = {
+        "loss/policy": policy,
+        "loss/kl": kl,
+        "loss/entropy": entropy,
+        "tokens": 5.0,
+        "mismatch/masked": 1.0,
+        "mismatch/logprob_gap_sum": LOG(2) + LOG(2.5) + 0 + 0 + LOG(2),
+        "mismatch/nonfinite": 0.0,
+        "policy/clipped": 2.0,  # tokens 1 and 4; 2 would be, but is masked; at 3 the minimum is the unclipped one
+        "policy/entropy_sum": 4.0,
+        # r - 1 - log r: 0.5 - log 1.5, none, 1 - log 2, -0.5 - log 0.5, 0
+        "policy/kl_old_new_sum": 0.5 - LOG(1.5) + 1 - LOG(2) - 0.5 - LOG(0.5),
+        "policy/old_logprob_sum": LOG(0.5 * 0.2 * 0.1 * 0.5 * 0.25),
+    }
+    assert {name: value.item() for name, value in output.sums.items()} == pytest.approx(expected, rel=1e-5, abs=1e-6)
+    assert output.maxima["mismatch/logprob_gap_max"].item() == pytest.approx(LOG(2.5))
+    assert output.loss.item() == pytest.approx(policy + kl + entropy, rel=1e-6)
+
+    output.loss.backward()
+    # d(r A)/d new = r A where unclipped. Token 3: -0.1 x -4; 5: -0.2 x 0.5 x 4 and KL 0.1 x 0.2 x (1 - ref / new) = -0.02.
+    torch.testing.assert_close(new_T.grad, torch.tensor([0.0, 0.0, 0.0, 0.4, 0.0, -0.42]), atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(entropy_T.grad, torch.tensor([0.0, -0.001, -0.001, -0.001, -0.002, -0.002]))
+
+
+def test_what_is_not_asked_for_is_not_in_the_loss() -> None:
+    new_T, entropy_T, batch = hand_batch()
+    del batch.fields["ref_logprobs"]
+    output = policy_loss(clip_low=0.2, clip_high=0.3)(new_T, entropy_T, batch)
+    assert [name for name in output.sums if name.startswith("loss/")] == ["loss/policy"]
+    assert output.loss.item() == pytest.approx(-0.1, rel=1e-6)
+    output.loss.backward()
+    assert entropy_T.grad is None or not entropy_T.grad.any()
+    # Without the correction token 2 counts: 1.3 at weight 0.1; the others at 1 instead of M: 0.13 + 0.13 - 0.4 - 0.16 + 0.8.
+    plain = policy_loss(correction="none", clip_low=0.2, clip_high=0.3)(new_T, entropy_T, batch)
+    assert plain.loss.item() == pytest.approx(-0.5, rel=1e-6)
+    assert plain.sums["mismatch/masked"].item() == 0
+
+
+def test_reused_old_logprobs_are_the_new_ones_detached() -> None:
+    new_T, entropy_T, batch = hand_batch()
+    del batch.fields["old_logprobs"], batch.fields["ref_logprobs"]
+    output = policy_loss(old_logprobs="reuse")(new_T, entropy_T, batch)
+    # k = new / engine = 3, 0.8, 2, 0.5, 0.5; r = 1: 0.1 x 3 x 1, 0.1 x 0.8, 0.1 x 2 x -2, 0.2 x 0.5 x -1, 0.2 x 0.5 x 4.
+    terms = [0.3, 0.08, -0.4, -0.1, 0.4]
+    assert output.loss.item() == pytest.approx(-sum(terms), rel=1e-5)
+    output.loss.backward()
+    torch.testing.assert_close(new_T.grad, torch.tensor([0.0, *(-term for term in terms)]), atol=1e-6, rtol=1e-5)
+    assert output.sums["policy/clipped"].item() == 0 and output.sums["policy/kl_old_new_sum"].item() == 0
+
+
+def test_summarise() -> None:
+    new_T, entropy_T, batch = hand_batch()
+    output = FULL(new_T, entropy_T, batch)
+    totals = {name: value.item() for name, value in (output.sums | output.maxima).items()} | {"policy/grad_norm": 3.0}
+    metrics = summarise(totals)
+    assert metrics["mismatch/masked_fraction"] == pytest.approx(1 / 5)
+    assert metrics["mismatch/logprob_gap_mean"] == pytest.approx((2 * LOG(2) + LOG(2.5)) / 5)
+    assert metrics["mismatch/logprob_gap_max"] == pytest.approx(LOG(2.5))
+    assert metrics["policy/clip_fraction"] == pytest.approx(2 / 5)
+    assert metrics["policy/entropy"] == pytest.approx(4 / 5)
+    assert metrics["loss/total"] == pytest.approx(output.loss.item())
+    assert metrics["policy/grad_norm"] == 3.0 and metrics["policy/tokens"] == 5.0
+    assert {"policy/kl_old_new", "policy/old_logprob", "loss/policy", "loss/kl", "loss/entropy"} <= set(metrics)
+    assert not any(name.endswith("_sum") for name in metrics)
+    with pytest.raises(ValueError, match="no token"):
+        summarise({"tokens": 0.0})
+
+
+def random_case(lengths: list[int], dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, PackedBatch]:
+    draw, total = torch.Generator().manual_seed(7), sum(lengths)
+
+    def normal(scale: float) -> torch.Tensor:
+        return scale * torch.randn(total, generator=draw, dtype=torch.float64)
+
+    old_T = -normal(1.0).abs() - 0.1
+    fields = {
+        "old_logprobs": old_T,
+        "engine_logprobs": old_T + normal(0.6),
+        "ref_logprobs": old_T + normal(0.3),
+        "advantages": normal(1.0),
+        "weight": normal(1.0).abs() / total,
+    }
+    new_T, entropy_T, mask_T = old_T + normal(0.3), normal(1.0).abs(), (normal(1.0) > -1).double()
+    batch = packed(lengths, mask_T.tolist(), **{name: value.to(dtype) for name, value in fields.items()})
+    return new_T.to(dtype).requires_grad_(), entropy_T.to(dtype).requires_grad_(), batch
+
+
+def test_gradients_against_finite_differences() -> None:
+    new_T, entropy_T, batch = random_case([40], torch.float64)
+    sums = FULL(new_T, entropy_T, batch).sums
+    assert sums["mismatch/masked"] > 0 and sums["policy/clipped"] > 0  # all branches are there
+    assert gradcheck(lambda new, entropy: FULL(new, entropy, batch).loss, (new_T, entropy_T), eps=1e-7, atol=1e-7)
+    assert gradcheck(lambda new: sft_loss(new, entropy_T.detach(), batch).loss, (new_T,), eps=1e-7, atol=1e-7)
+
+
+def share(batch: PackedBatch, chosen: list[int], lengths: list[int]) -> tuple[torch.Tensor, PackedBatch]:
+    offsets = [0, *torch.tensor(lengths).cumsum(0).tolist()]
+    at_T = torch.cat([torch.arange(offsets[i], offsets[i + 1]) for i in chosen])
+    fields = {name: value[at_T] for name, value in batch.fields.items()}
+    return at_T, packed([lengths[i] for i in chosen], batch.loss_mask_T[at_T].tolist(), **fields)
+
+
+@pytest.mark.parametrize("loss", [FULL, policy_loss(old_logprobs="reuse"), sft_loss], ids=["full", "reuse", "sft"])
+def test_packing_and_splitting_change_nothing(loss: TokenLoss) -> None:
+    lengths = [5, 17, 1, 30, 8, 12]
+    new_T, entropy_T, batch = random_case(lengths, torch.float32)
+    whole = loss(new_T, entropy_T, batch)
+    (whole_grad_T,) = torch.autograd.grad(whole.loss, new_T)
+    for split in ([[0, 1, 2, 3, 4, 5]], [[3], [5, 0], [4, 2, 1]], [[i] for i in range(6)]):
+        outputs: list[LossOutput] = []
+        grad_T = torch.zeros_like(new_T)
+        for chosen in split:
+            at_T, part = share(batch, chosen, lengths)
+            outputs.append(loss(new_T[at_T], entropy_T[at_T], part))
+            grad_T += torch.autograd.grad(outputs[-1].loss, new_T)[0]
+        assert sum(output.loss.item() for output in outputs) == pytest.approx(whole.loss.item(), abs=1e-6)
+        torch.testing.assert_close(grad_T, whole_grad_T, atol=1e-6, rtol=0)
+        for name, value in whole.sums.items():
+            assert sum(output.sums[name].item() for output in outputs) == pytest.approx(value.item(), rel=1e-6, abs=1e-5), name
+        for name, value in whole.maxima.items():
+            assert max(output.maxima[name].item() for output in outputs) == value.item(), name
+
+
+@pytest.mark.parametrize("correction", ["icepop", "none"])
+@pytest.mark.parametrize("name", ["engine_logprobs", "old_logprobs"])
+@pytest.mark.parametrize("bad", [-math.inf, math.inf, math.nan])
+def test_broken_logprobs_leave_loss_and_gradients_finite(correction: str, name: str, bad: float) -> None:
+    loss = policy_loss(correction=correction, kl_weight=0.1)  # type: ignore[arg-type]
+    new_T, entropy_T, batch = random_case([10], torch.float32)
+    batch.loss_mask_T.fill_(1.0)
+    batch.fields[name][3] = bad
+    output = loss(new_T, entropy_T, batch)
+    output.loss.backward()
+    assert output.loss.isfinite() and new_T.grad is not None and new_T.grad.isfinite().all()
+    assert output.sums["mismatch/nonfinite"].item() == 1
+    assert all(value.isfinite() for value in (output.sums | output.maxima).values())
+
+
+@pytest.mark.parametrize("old_logprobs", ["reuse", "recompute"])
+def test_an_impossible_token_and_a_huge_ratio_leave_gradients_finite(old_logprobs: str) -> None:
+    loss = policy_loss(correction="none", old_logprobs=old_logprobs, kl_weight=0.1)  # type: ignore[arg-type]
+    batch = packed(
+        [3],
+        [1.0, 1.0, 1.0],
+        engine_logprobs=[-1.0, -1.0, -1.0],
+        old_logprobs=[-1.0, -500.0, -500.0],
+        ref_logprobs=[-1.0, -1.0, -1.0],
+        advantages=[1.0, 1.0, -1.0],
+        weight=[1.0, 1.0, 1.0],
+    )
+    new_T = torch.tensor([-math.inf, -1.0, -1.0], requires_grad=True)
+    output = loss(new_T, torch.zeros(3), batch)
+    output.loss.backward()
+    assert output.loss.isfinite() and new_T.grad is not None and new_T.grad.isfinite().all()
+
+
+def test_masked_tokens_stay_in_the_divisor() -> None:
+    # Four tokens of weight 1/4; masking one must not raise the weight of the rest.
+    fields = {"advantages": [1.0] * 4, "weight": [0.25] * 4, "old_logprobs": [0.0] * 4}
+    batch = packed([4], [1.0] * 4, engine_logprobs=[0.0, 0.0, 0.0, -9.0], **fields)
+    new_T = torch.zeros(4, requires_grad=True)
+    policy_loss()(new_T, torch.zeros(4), batch).loss.backward()
+    torch.testing.assert_close(new_T.grad, torch.tensor([-0.25, -0.25, -0.25, 0.0]))
+
+
+def test_sft_loss_by_hand() -> None:
+    batch = packed([4], [0.0, 1.0, 1.0, 1.0], weight=[math.nan, 0.5, 0.25, 0.25])
+    output = sft_loss(torch.tensor([math.nan, -1.0, -2.0, -4.0]), torch.tensor([math.nan, 1.0, 0.5, 0.0]), batch)
+    assert output.loss.item() == output.sums["loss/sft"].item() == 2.0  # 0.5 x 1 + 0.25 x 2 + 0.25 x 4
+    metrics = summarise({name: value.item() for name, value in output.sums.items()})
+    assert metrics == {"loss/sft": 2.0, "sft/nll": 7 / 3, "policy/entropy": 0.5, "policy/tokens": 3.0, "loss/total": 2.0}
+
+
+def test_a_filler_segment_adds_nothing() -> None:
+    fields = {name: torch.zeros(1) for name in ("advantages", "engine_logprobs", "old_logprobs", "ref_logprobs", "weight")}
+    new_T = torch.tensor([-1.0], requires_grad=True)
+    output = FULL(new_T, torch.ones(1), packed([1], [0.0], **fields))
+    output.loss.backward()
+    assert output.loss.item() == 0.0 and new_T.grad is not None and new_T.grad.item() == 0.0
+    assert not any(value.item() for value in (output.sums | output.maxima).values())
+
+
+def test_algorithms_import_neither_megatron_nor_sglang() -> None:
+    program = (
+        "import sys, pkgutil, importlib, megatron_rl.algorithms as room\n"
+        "for module in pkgutil.iter_modules(room.__path__, room.__name__ + '.'): importlib.import_module(module.name)\n"
+        "assert 'megatron_rl.algorithms.loss' in sys.modules\n"
+        "loaded = {name.partition('.')[0] for name in sys.modules} & {'megatron', 'sglang', 'transformers'}\n"
+        "assert not loaded, loaded"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
