@@ -1,0 +1,22 @@
+"""`ports.Ranks` over a gloo world, without Megatron."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.distributed as dist
+
+
+class PlainRanks:
+    def __init__(self) -> None:
+        dist.init_process_group("gloo")
+        self.rank = self.dp_rank = dist.get_rank()
+        self.world_size = self.dp_size = dist.get_world_size()
+
+    def broadcast(self, value: Any, what: str) -> Any:
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def barrier(self, what: str) -> None:
+        dist.barrier()
