@@ -1,0 +1,219 @@
+"""One SGLang server over HTTP: batched streaming generation with log-probs and weight versions, abort, and plain control calls.
+
+All requests of one `generate` call travel in one HTTP request, and the server streams what is new of each
+(`--incremental-streaming-output`), every `--stream-interval` tokens: on few cores HTTP and JSON compete with the model.
+
+Invariants:
+- whatever a server does wrong (refused or broken connection, status, garbage, impossible tokens, silence) is an EngineLost that
+  names the engine and the cause in one line, and `lost` says so from then on; what was yielded before is valid;
+- tokens, engine log-probs and versions of a Progress are equally many, and a request gets at most `max_new_tokens` in all;
+- a token's version is the one the server stamped on it; an aborted request delivers all it had and ends unfinished.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import http.client
+import itertools
+import json
+import math
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from typing import Any, NoReturn
+
+import aiohttp
+import orjson
+
+from megatron_rl.types import EngineLost, FinishReason, GenerateRequest, Progress, SamplingParams
+
+CONNECT_TIMEOUT_S = 10.0
+
+
+class SglangEngine:
+    """Implements `ports.Engine`. One object per server process: a restarted server gets a new one."""
+
+    def __init__(self, name: str, host: str, port: int, api_key: str, vocab_size: int, request_timeout_s: float) -> None:
+        self.name = name
+        self.lost: str | None = None  # the first thing that went wrong
+        self.updating = False  # between /begin_weight_update and /end_weight_update
+        self._host, self._port, self._vocab_size, self._request_timeout_s = host, port, vocab_size, request_timeout_s
+        self._headers = {"Authorization": f"Bearer {api_key}", "Content-Type": "application/json"}
+        self._serial = itertools.count()
+        self._running: dict[str, str] = {}  # rollout id -> request id
+        self._aborted: set[str] = set()  # request ids
+
+    async def generate(self, requests: Sequence[GenerateRequest]) -> AsyncIterator[Sequence[Progress]]:
+        # SGLang aborts by prefix (scheduler.py:5450): no request id may begin another.
+        rids = [f"{request.rollout_id}~{next(self._serial)}~" for request in requests]
+        self._running |= {request.rollout_id: rid for request, rid in zip(requests, rids, strict=True)}
+        streams = [_Stream(request, self._vocab_size) for request in requests]
+        body = {
+            "rid": rids,
+            "input_ids": [request.tokens for request in requests],
+            "sampling_params": [_sampling(request) for request in requests],
+            "return_logprob": True,
+            "stream": True,
+        }
+        try:
+            async for events in self._events("/generate", body):
+                yield [progress for event in events if (progress := self._progress(streams, rids, event))]
+            unfinished = [stream.request.rollout_id for stream in streams if not stream.ended]
+            if unfinished:
+                self.lose(f"the stream ended before {unfinished[0]} and {len(unfinished) - 1} more requests did")
+        finally:
+            for request, rid in zip(requests, rids, strict=True):
+                self._aborted.discard(rid)
+                if self._running.get(request.rollout_id) == rid:
+                    del self._running[request.rollout_id]
+
+    async def abort(self, rollout_ids: Iterable[str] | None = None) -> None:
+        ids = self._running.keys() if rollout_ids is None else rollout_ids
+        rids = [self._running[rollout_id] for rollout_id in ids if rollout_id in self._running]
+        if not rids:
+            return
+        self._aborted.update(rids)
+        bodies = [{"abort_all": True}] if rollout_ids is None else [{"rid": rid} for rid in rids]
+        async with self._session() as session:
+            await asyncio.gather(*(self._post(session, "/abort_request", body) for body in bodies))
+
+    def call(self, path: str, body: Mapping[str, Any] | None = None, timeout_s: float | None = None) -> Any:
+        """Blocking: POST `body`, or GET where it is None; the JSON that came back, {} for an empty or plain-text answer."""
+        connection = http.client.HTTPConnection(self._host, self._port, timeout=timeout_s or self._request_timeout_s)
+        try:
+            method, data = ("GET", None) if body is None else ("POST", orjson.dumps(body))
+            connection.request(method, path, body=data, headers=self._headers)
+            response = connection.getresponse()
+            content = response.read()
+            if response.status != 200:
+                self.lose(f"{path} answered {response.status}: {_shortened(content)}")
+            is_json = "json" in (response.headers.get("Content-Type") or "")
+            return json.loads(content) if is_json and content else {}
+        except (OSError, http.client.HTTPException, json.JSONDecodeError) as error:
+            self.lose(f"{path}: {_reason(error)}")
+        finally:
+            connection.close()
+
+    def answers(self) -> bool:
+        """Whether the server listens yet; never loses it."""
+        connection = http.client.HTTPConnection(self._host, self._port, timeout=CONNECT_TIMEOUT_S)
+        try:
+            connection.request("GET", "/model_info", headers=self._headers)
+            return connection.getresponse().status == 200
+        except (OSError, http.client.HTTPException):
+            return False
+        finally:
+            connection.close()
+
+    def warm_up(self, timeout_s: float) -> None:
+        """One token through all of the server's processes; then what they have allocated so far leaves the garbage collector."""
+        self.call("/generate", {"input_ids": [[0]], "sampling_params": {"max_new_tokens": 1, "temperature": 0.0}}, timeout_s)
+        self.call("/freeze_gc", {}, timeout_s)
+
+    def _session(self) -> aiohttp.ClientSession:
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_S, sock_read=self._request_timeout_s)
+        return aiohttp.ClientSession(f"http://{self._host}:{self._port}", headers=self._headers, timeout=timeout)
+
+    async def _post(self, session: aiohttp.ClientSession, path: str, body: Mapping[str, Any]) -> None:
+        try:
+            async with session.post(path, data=orjson.dumps(body)) as response:
+                if response.status != 200:
+                    self.lose(f"{path} answered {response.status}: {_shortened(await response.read())}")
+        except (aiohttp.ClientError, OSError) as error:  # TimeoutError is an OSError
+            self.lose(f"{path}: {_reason(error)}")
+
+    async def _events(self, path: str, body: Mapping[str, Any]) -> AsyncIterator[list[dict[str, Any]]]:
+        """The server-sent events of one POST, as many at a time as have arrived."""
+        rest = b""
+        try:
+            async with self._session() as session, session.post(path, data=orjson.dumps(body)) as response:
+                if response.status != 200:
+                    self.lose(f"{path} answered {response.status}: {_shortened(await response.read())}")
+                async for chunk in response.content.iter_any():
+                    *lines, rest = (rest + chunk).split(b"\n\n")
+                    events = [orjson.loads(line.removeprefix(b"data: ")) for line in lines if line != b"data: [DONE]"]
+                    if events:
+                        yield events
+        except orjson.JSONDecodeError as error:
+            self.lose(f"{path} sent garbage ({error})")
+        except (aiohttp.ClientError, OSError) as error:
+            self.lose(f"{path}: {_reason(error)}")
+
+    def _progress(self, streams: Sequence[_Stream], rids: Sequence[str], event: Any) -> Progress | None:
+        try:
+            if "error" in event:
+                self.lose(f"/generate: {event['error']['message']}")
+            index = event["index"]
+            return streams[index].take(event, aborted=rids[index] in self._aborted)
+        except (KeyError, IndexError, TypeError, ValueError) as error:
+            self.lose(f"/generate sent nonsense: {_reason(error)}")
+
+    def lose(self, cause: str) -> NoReturn:
+        message = f"{self.name} ({self._host}:{self._port}): {' '.join(cause.split())}"
+        self.lost = self.lost or message
+        raise EngineLost(message)
+
+
+class _Stream:
+    """What one request has been sent so far. `take` raises ValueError, KeyError or TypeError for what cannot be."""
+
+    def __init__(self, request: GenerateRequest, vocab_size: int) -> None:
+        self.request = request
+        self.ended = False
+        self._vocab_size = vocab_size
+        self._versions: list[int] = []
+
+    def take(self, event: Mapping[str, Any], aborted: bool) -> Progress | None:
+        meta = event["meta_info"]
+        reason = meta["finish_reason"] and meta["finish_reason"]["type"]
+        if self.ended or reason not in (None, "stop", "length", "abort"):
+            raise ValueError(f"an event with finish_reason={reason!r} for {self.request.rollout_id}, ended={self.ended}")
+        if reason == "abort" and not aborted:
+            raise ValueError(f"aborted {self.request.rollout_id} by itself: {meta['finish_reason'].get('message')}")
+        self.ended = reason is not None
+
+        tokens, pairs = event["output_ids"], meta.get("output_token_logprobs") or []
+        count = meta["completion_tokens"] - len(self._versions)
+        if reason == "abort":
+            # For a request aborted out of the waiting queue SGLang repeats what it had sent (tokenizer_manager.py:3419).
+            tokens, pairs = tokens[:count], pairs[:count]
+        if not count == len(tokens) == len(pairs) or len(self._versions) + count > self.request.max_new_tokens:
+            raise ValueError(
+                f"{len(tokens)} tokens and {len(pairs)} log-probs as the next {count} of {self.request.rollout_id}, "
+                f"which had {len(self._versions)} of at most {self.request.max_new_tokens}"
+            )
+        logprobs = tuple(logprob for logprob, _, _ in pairs)
+        for token, (logprob, told, _) in zip(tokens, pairs, strict=True):
+            if token != told or not 0 <= token < self._vocab_size or not math.isfinite(logprob):
+                raise ValueError(f"token {token} with log-prob {logprob} of token {told}, vocabulary {self._vocab_size}")
+        versions = (int(meta["weight_version"]),) * count
+        self._versions += versions
+        if self.ended:
+            self._check_versions(meta.get("weight_versions") or [])
+        if not tokens and reason in (None, "abort"):
+            return None
+        finish: FinishReason | None = None if reason == "abort" else reason
+        return Progress(self.request.rollout_id, tuple(tokens), logprobs, versions, finish)
+
+    def _check_versions(self, spans: Sequence[Mapping[str, Any]]) -> None:
+        """The server stamps each token when it ends a request; we stamped messages as they came. No push lies between."""
+        stamped = [int(span["version"]) for span in spans for _ in range(span["start"], span["end"])]
+        if stamped != self._versions and (stamped or self._versions):
+            raise ValueError(f"weights changed under {self.request.rollout_id}: {spans} for versions {sorted(set(self._versions))}")
+
+
+def _sampling(request: GenerateRequest) -> dict[str, Any]:
+    params: SamplingParams = request.sampling
+    return {
+        "temperature": params.temperature,
+        "top_p": params.top_p,
+        "top_k": params.top_k,
+        "max_new_tokens": request.max_new_tokens,
+        "stop_token_ids": params.stop_token_ids,
+    }
+
+
+def _reason(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+
+
+def _shortened(content: bytes) -> str:
+    return content[:300].decode(errors="replace") or "(empty)"

@@ -1,0 +1,181 @@
+"""The fleet of SGLang servers of one run: starts them, watches them, brings dead ones back, ends them.
+
+Invariants: `start` returns when every server has generated a token; a server that fails to start is reported with its own last
+words, and no server is left running then; whatever is not `alive` comes back with `recover`, up to `engine.max_restarts` times in
+a run.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import multiprocessing
+import os
+import secrets
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_rl.config.errors import UserError
+from megatron_rl.config.rollout import EngineConfig
+from megatron_rl.engine import server
+from megatron_rl.engine.arguments import server_arguments, server_environment
+from megatron_rl.engine.client import SglangEngine
+from megatron_rl.engine.process import ServerProcess, free_ports, is_port_free
+from megatron_rl.types import EngineLost
+
+log = logging.getLogger(__name__)
+POLL_S = 0.1
+PROGRESS_S = 10.0  # between two lines that say what we wait for
+START_ATTEMPTS = 3
+
+
+class SglangEngines:
+    """Implements `ports.Engines`."""
+
+    def __init__(self, config: EngineConfig, model_path: str, run_dir: Path, context_length: int, seed: int) -> None:
+        self._config, self._model_path, self._run_dir = config, model_path, run_dir
+        self._context_length, self._seed = context_length, seed
+        self._device = _resolve(config.device)
+        self._api_key = config.api_key or secrets.token_urlsafe(24)
+        self._vocab_size = _vocab_size(model_path)
+        self._servers: dict[str, tuple[ServerProcess, SglangEngine]] = {}
+        self._restarts = 0
+        self._asleep: set[str] = set()
+
+    @property
+    def alive(self) -> Sequence[SglangEngine]:
+        return [engine for process, engine in self._servers.values() if process.exit_code is None and engine.lost is None]
+
+    def start(self) -> None:
+        self._check_ports()
+        self._launch(list(range(self._config.count)))
+
+    def recover(self) -> list[str]:
+        restarted: list[str] = []
+        for attempt in range(1, START_ATTEMPTS + 1):
+            alive = {engine.name for engine in self.alive}
+            dead = [index for index in range(self._config.count) if _name(index) not in alive]
+            if not dead:
+                break
+            self._restarts += len(dead)
+            if self._restarts > self._config.max_restarts:
+                raise EngineLost(f"{_name(dead[0])} died, and engine.max_restarts={self._config.max_restarts} are used up")
+            for index in dead:
+                process, engine = self._servers[_name(index)]
+                log.warning("restarting %s: %s", engine.name, engine.lost or f"it ended with {process.exit_code}")
+                process.kill()
+            try:
+                self._launch(dead)
+            except EngineLost as error:
+                if attempt == START_ATTEMPTS:
+                    raise
+                log.warning("%s", error)
+            restarted += [_name(index) for index in dead]
+        return sorted(set(restarted))
+
+    def sleep(self) -> None:
+        """On CUDA the servers give their device memory back. On a CPU there is nothing to give: SGLang's pools stay."""
+        if self._device == "cuda":
+            for engine in self.alive:
+                engine.call("/release_memory_occupation", {})
+                self._asleep.add(engine.name)
+
+    def wake(self) -> None:
+        for engine in self.alive:
+            if engine.name in self._asleep:
+                engine.call("/resume_memory_occupation", {})
+                self._asleep.discard(engine.name)
+
+    def stop(self) -> None:
+        """By SIGKILL: a server holds nothing that is worth keeping, and SGLang looks at a SIGTERM only every five seconds."""
+        for process, _ in self._servers.values():
+            process.kill()
+        self._servers.clear()
+
+    def _check_ports(self) -> None:
+        if self._config.port == 0:
+            return
+        for index in range(self._config.count):
+            port = self._config.port + index
+            if port > 65_535 or not is_port_free(self._config.host, port):
+                raise UserError(f"engine.port={self._config.port}: {_name(index)} needs port {port}, which is in use")
+
+    def _launch(self, indices: Sequence[int]) -> None:
+        """Start these servers side by side, and wait for them. If one fails all of these are ended."""
+        for index in indices:
+            self._servers[_name(index)] = self._spawn(index)
+            self._asleep.discard(_name(index))
+        try:
+            self._wait([_name(index) for index in indices])
+        except BaseException:
+            for index in indices:
+                self._servers[_name(index)][0].kill()
+            raise
+
+    def _spawn(self, index: int) -> tuple[ServerProcess, SglangEngine]:
+        config = self._config
+        internal_port, port = free_ports(config.host, 2)
+        if config.port:
+            port = config.port + index
+        process = ServerProcess(
+            server_arguments(
+                config, self._device, self._model_path, self._context_length, self._seed, index, port, internal_port
+            ),
+            server_environment(
+                os.environ,
+                config,
+                self._device,
+                {server.API_KEY: self._api_key, server.AUTHKEY: multiprocessing.current_process().authkey.hex()},
+            ),
+            self._run_dir / "engines" / f"{_name(index)}.log",
+        )
+        host = "127.0.0.1" if config.host == "0.0.0.0" else config.host
+        return process, SglangEngine(_name(index), host, port, self._api_key, self._vocab_size, config.request_timeout_s)
+
+    def _wait(self, names: Sequence[str]) -> None:
+        started = said = time.monotonic()
+        waiting = list(names)
+        while waiting:
+            for name in list(waiting):
+                process, engine = self._servers[name]
+                if process.exit_code is not None:
+                    raise EngineLost(f"{name} ended with {process.exit_code} as it started; last words:\n{process.last_words()}")
+                if engine.answers():
+                    waiting.remove(name)
+            now = time.monotonic()
+            if waiting and now - started > self._config.startup_timeout_s:
+                name = waiting[0]
+                raise EngineLost(
+                    f"{name} does not answer after engine.startup_timeout_s={self._config.startup_timeout_s:g}; "
+                    f"last words:\n{self._servers[name][0].last_words()}"
+                )
+            if waiting and now - said > PROGRESS_S:
+                log.info("waiting for %s to load %s (%.0f s)", ", ".join(waiting), self._model_path, now - started)
+                said = now
+            if waiting:
+                time.sleep(POLL_S)
+        for name in names:
+            self._servers[name][1].warm_up(self._config.startup_timeout_s)
+        log.info("%s up after %.1f s", ", ".join(names), time.monotonic() - started)
+
+
+def _name(index: int) -> str:
+    return f"engine_{index}"
+
+
+def _resolve(device: str) -> str:
+    if device != "auto":
+        return device
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _vocab_size(model_path: str) -> int:
+    path = Path(model_path) / "config.json"
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; engines start from a Hugging Face checkpoint")
+    config: dict[str, Any] = json.loads(path.read_text())
+    return int(config["vocab_size"])

@@ -1,0 +1,82 @@
+"""BailingMoeV2's forward pass in plain torch, from a checkpoint's tensors: what every engine and policy must agree with.
+
+    logits_TV = reference_logits(weights, config, tokens)          # one sequence, no cache
+    logprobs_T = reference_logprobs(weights, config, tokens, temperature=1.0)   # of tokens[1:], given what is before each
+
+Written from the Ling 2.0 report (arXiv 2510.22115) and checked against the original implementation's outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.nn.functional import linear, scaled_dot_product_attention, silu
+
+Weights = Mapping[str, torch.Tensor]
+
+
+@torch.no_grad()
+def reference_logits(weights: Weights, config: Mapping[str, Any], tokens: Sequence[int]) -> torch.Tensor:
+    x = weights["model.word_embeddings.weight"][torch.tensor(tokens)]
+    for i in range(config["num_hidden_layers"]):
+        layer = {name.removeprefix(f"model.layers.{i}."): w for name, w in weights.items() if name.startswith(f"model.layers.{i}.")}
+        x = x + _attention(layer, config, _norm(x, layer["input_layernorm.weight"], config))
+        h = _norm(x, layer["post_attention_layernorm.weight"], config)
+        x = x + (_mlp(layer, "mlp", h) if i < config["first_k_dense_replace"] else _experts(layer, config, h))
+    return linear(_norm(x, weights["model.norm.weight"], config), weights["lm_head.weight"])
+
+
+def reference_logprobs(
+    weights: Weights, config: Mapping[str, Any], tokens: Sequence[int], temperature: float = 1.0
+) -> torch.Tensor:
+    logprobs_TV = (reference_logits(weights, config, tokens)[:-1] / temperature).log_softmax(-1)
+    return logprobs_TV.gather(-1, torch.tensor(tokens[1:])[:, None])[:, 0]
+
+
+def _norm(x: torch.Tensor, weight: torch.Tensor, config: Mapping[str, Any]) -> torch.Tensor:
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + config["rms_norm_eps"]) * weight
+
+
+def _attention(layer: Weights, config: Mapping[str, Any], h: torch.Tensor) -> torch.Tensor:
+    heads, kv_heads, dim = config["num_attention_heads"], config["num_key_value_heads"], config["head_dim"]
+    qkv = linear(h, layer["attention.query_key_value.weight"]).view(len(h), heads + 2 * kv_heads, dim)
+    q, k, v = qkv.split([heads, kv_heads, kv_heads], dim=1)
+    q = _rotate(_norm(q, layer["attention.query_layernorm.weight"], config), config)
+    k = _rotate(_norm(k, layer["attention.key_layernorm.weight"], config), config)
+    q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))
+    out = scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    return linear(out[0].transpose(0, 1).flatten(1), layer["attention.dense.weight"])
+
+
+def _rotate(x_THD: torch.Tensor, config: Mapping[str, Any]) -> torch.Tensor:
+    rotated = int(config["head_dim"] * config["partial_rotary_factor"])
+    frequencies = config["rope_theta"] ** -(torch.arange(0, rotated, 2) / rotated)
+    angles = torch.arange(len(x_THD))[:, None] * frequencies
+    cos, sin = (torch.cat([f, f], -1)[:, None] for f in (angles.cos(), angles.sin()))
+    x, rest = x_THD[..., :rotated], x_THD[..., rotated:]
+    first, second = x.chunk(2, -1)
+    return torch.cat([x * cos + torch.cat([-second, first], -1) * sin, rest], -1)
+
+
+def _mlp(layer: Weights, name: str, h: torch.Tensor) -> torch.Tensor:
+    gate, up = linear(h, layer[f"{name}.gate_proj.weight"]), linear(h, layer[f"{name}.up_proj.weight"])
+    return linear(silu(gate) * up, layer[f"{name}.down_proj.weight"])
+
+
+def _experts(layer: Weights, config: Mapping[str, Any], h: torch.Tensor) -> torch.Tensor:
+    scores_TE = linear(h, layer["mlp.gate.weight"]).sigmoid()
+    biased_TE = scores_TE + layer["mlp.gate.expert_bias"]
+    grouped_TGE = biased_TE.view(len(h), config["n_group"], -1)
+    best_TG = grouped_TGE.topk(2, -1).values.sum(-1).topk(config["topk_group"], -1).indices
+    allowed_TG = torch.zeros(grouped_TGE.shape[:2], dtype=torch.bool).scatter(1, best_TG, True)
+    allowed_TE = allowed_TG[..., None].expand_as(grouped_TGE).flatten(1)
+    chosen_TK = biased_TE.masked_fill(~allowed_TE, float("-inf")).topk(config["num_experts_per_tok"], -1).indices
+    gates_TK = scores_TE.gather(1, chosen_TK)
+    gates_TK = gates_TK / gates_TK.sum(-1, keepdim=True) * config["routed_scaling_factor"]
+    out = _mlp(layer, "mlp.shared_experts", h)
+    for expert in range(config["num_experts"]):
+        gate_T = (gates_TK * (chosen_TK == expert)).sum(-1)
+        out = out + gate_T[:, None] * _mlp(layer, f"mlp.experts.{expert}", h)
+    return out
