@@ -140,7 +140,15 @@ def test_stale_rollouts_finish_restart_or_leave_with_their_group() -> None:
     assert step(state, PhaseStarted(2), drop) == [DropGroup("a"), Start("b#0"), Start("b#1"), WantGroup()]
     assert metrics(state, drop)["rollout/dropped_stale"] == 2.0  # a#0 and its finished sibling
     assert metrics(state, drop)["rollout/discarded_tokens"] == 5.0
+    assert state.unfinished == 2
     assert step(state, GroupOffered("a"), drop) == [Start("a#0"), Start("a#1")]  # its prompt, offered again
+
+
+def test_a_group_with_two_stale_members_is_dropped_once() -> None:
+    settings = replace(PAIRS, retention_bound=0, on_stale="drop_group", pool_capacity=2)
+    state = started(settings, "a")
+    play(state, settings, Generated("a#0", 1), Generated("a#1", 1), Stop(), Interrupted("a#0"), Interrupted("a#1"))
+    assert step(state, PhaseStarted(1), settings) == [DropGroup("a"), WantGroup()]
 
 
 def test_what_has_not_begun_does_not_age() -> None:
@@ -391,6 +399,15 @@ class Interleavings(RuleBasedStateMachine):
     @rule()
     def stop(self) -> None:
         self.send(Stop())
+
+    @precondition(lambda self: self.in_phase)
+    @rule()
+    def cut_short(self) -> None:
+        self.send(Stop())
+        for name in sorted(self.running):
+            self.running.discard(name)
+            self.send(Interrupted(name))
+        assert not self.in_phase
 
     @precondition(lambda self: self.released)
     @rule(data=st.data())

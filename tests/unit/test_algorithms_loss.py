@@ -36,7 +36,7 @@ def hand_batch() -> tuple[torch.Tensor, torch.Tensor, PackedBatch]:
         k         2     0.4   1     1     0.5     -> M = 2, 0, 1, 1, 0.5
         new       0.75  0.4   0.2   0.25  0.25
         r         1.5   2     2     0.5   1
-        A         1     1    -2    -1     4
+        A         1     1    -2    -2     4
     """
     engine, old, new = [0.25, 0.5, 0.1, 0.5, 0.5], [0.5, 0.2, 0.1, 0.5, 0.25], [0.75, 0.4, 0.2, 0.25, 0.25]
     batch = packed(
@@ -45,7 +45,7 @@ def hand_batch() -> tuple[torch.Tensor, torch.Tensor, PackedBatch]:
         engine_logprobs=[math.nan, *map(LOG, engine)],
         old_logprobs=[math.inf, *map(LOG, old)],
         ref_logprobs=[math.nan, *map(LOG, new[:-1]), LOG(0.5)],  # equal to new, but 2 x new at the last token
-        advantages=[math.nan, 1.0, 1.0, -2.0, -1.0, 4.0],
+        advantages=[math.nan, 1.0, 1.0, -2.0, -2.0, 4.0],
         weight=[math.nan, 0.1, 0.1, 0.1, 0.2, 0.2],
     )
     new_T = torch.tensor([math.nan, *map(LOG, new)], requires_grad=True)
@@ -56,9 +56,9 @@ def hand_batch() -> tuple[torch.Tensor, torch.Tensor, PackedBatch]:
 def test_policy_loss_by_hand() -> None:
     new_T, entropy_T, batch = hand_batch()
     output = FULL(new_T, entropy_T, batch)
-    # min(r A, clip(r, 0.8, 1.3) A): 1: min(1.5, 1.3) = 1.3; 3: min(-4, -2.6) = -4; 4: min(-0.5, -0.8) = -0.8; 5: 4.
-    # weight x M x that: 0.1 x 2 x 1.3 = 0.26; 0; 0.1 x -4 = -0.4; 0.2 x -0.8 = -0.16; 0.2 x 0.5 x 4 = 0.4. Sum 0.1.
-    policy = -0.1
+    # min(r A, clip(r, 0.8, 1.3) A): 1: min(1.5, 1.3) = 1.3; 3: min(-4, -2.6) = -4; 4: min(-1, -1.6) = -1.6; 5: 4.
+    # weight x M x that: 0.1 x 2 x 1.3 = 0.26; 0; 0.1 x -4 = -0.4; 0.2 x -1.6 = -0.32; 0.2 x 0.5 x 4 = 0.4. Sum -0.06.
+    policy = 0.06
     # k3 at the last token: ref / new = 2, 2 - log 2 - 1 = 0.306853; x weight 0.2 x coefficient 0.1.
     kl = 0.1 * 0.2 * (1 - LOG(2))
     # Entropy: 0.1 x 1 + 0.1 x 2 + 0.2 x 1 = 0.5, x 0.01.
@@ -79,7 +79,7 @@ def test_policy_loss_by_hand() -> None:
     }
     assert {name: value.item() for name, value in output.sums.items()} == pytest.approx(expected, rel=1e-5, abs=1e-6)
     assert output.maxima["mismatch/logprob_gap_max"].item() == pytest.approx(LOG(2.5))
-    assert output.loss.item() == pytest.approx(policy + kl + entropy, rel=1e-6)
+    assert output.loss.item() == pytest.approx(policy + kl + entropy, rel=1e-5)
 
     output.loss.backward()
     # d(r A)/d new = r A where unclipped. Token 3: -0.1 x -4; 5: -0.2 x 0.5 x 4 and KL 0.1 x 0.2 x (1 - ref / new) = -0.02.
@@ -92,12 +92,12 @@ def test_what_is_not_asked_for_is_not_in_the_loss() -> None:
     del batch.fields["ref_logprobs"]
     output = policy_loss(clip_low=0.2, clip_high=0.3)(new_T, entropy_T, batch)
     assert [name for name in output.sums if name.startswith("loss/")] == ["loss/policy"]
-    assert output.loss.item() == pytest.approx(-0.1, rel=1e-6)
+    assert output.loss.item() == pytest.approx(0.06, rel=1e-5)
     output.loss.backward()
     assert entropy_T.grad is None or not entropy_T.grad.any()
-    # Without the correction token 2 counts: 1.3 at weight 0.1; the others at 1 instead of M: 0.13 + 0.13 - 0.4 - 0.16 + 0.8.
+    # Without the correction token 2 counts: 1.3 at weight 0.1; the others at 1 instead of M: 0.13 + 0.13 - 0.4 - 0.32 + 0.8.
     plain = policy_loss(correction="none", clip_low=0.2, clip_high=0.3)(new_T, entropy_T, batch)
-    assert plain.loss.item() == pytest.approx(-0.5, rel=1e-6)
+    assert plain.loss.item() == pytest.approx(-0.34, rel=1e-6)
     assert plain.sums["mismatch/masked"].item() == 0
 
 
@@ -105,8 +105,8 @@ def test_reused_old_logprobs_are_the_new_ones_detached() -> None:
     new_T, entropy_T, batch = hand_batch()
     del batch.fields["old_logprobs"], batch.fields["ref_logprobs"]
     output = policy_loss(old_logprobs="reuse")(new_T, entropy_T, batch)
-    # k = new / engine = 3, 0.8, 2, 0.5, 0.5; r = 1: 0.1 x 3 x 1, 0.1 x 0.8, 0.1 x 2 x -2, 0.2 x 0.5 x -1, 0.2 x 0.5 x 4.
-    terms = [0.3, 0.08, -0.4, -0.1, 0.4]
+    # k = new / engine = 3, 0.8, 2, 0.5, 0.5; r = 1: 0.1 x 3 x 1, 0.1 x 0.8, 0.1 x 2 x -2, 0.2 x 0.5 x -2, 0.2 x 0.5 x 4.
+    terms = [0.3, 0.08, -0.4, -0.2, 0.4]
     assert output.loss.item() == pytest.approx(-sum(terms), rel=1e-5)
     output.loss.backward()
     torch.testing.assert_close(new_T.grad, torch.tensor([0.0, *(-term for term in terms)]), atol=1e-6, rtol=1e-5)
