@@ -1,0 +1,140 @@
+"""Hugging Face -> Megatron's own shards -> Hugging Face, and what the loaded model computes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+from tiny_checkpoint import write_checkpoint
+
+pytestmark = pytest.mark.dist
+
+# Loads the checkpoint at every layout, exports it again, and asks for the same bytes.
+ROUND_TRIP = """
+import json, sys
+from pathlib import Path
+import torch, yaml
+from megatron.core import parallel_state
+from megatron_rl.config.model import ModelConfig, ParallelConfig
+from megatron_rl.policy.model import build_chunks, weights
+from megatron_rl.policy.ranks import MegatronRanks
+from megatron_rl.resharding.execute import Resharder
+from megatron_rl.resharding.hf import export_hf, hf_config, load_hf
+
+if __name__ == "__main__":
+    source, target = Path(sys.argv[1]), Path(sys.argv[2])
+    root = yaml.safe_load(Path(sys.argv[3]).read_text())
+    model = ModelConfig.model_validate(root)
+    ranks = MegatronRanks(ParallelConfig(), model)
+    for name, layout in json.loads(sys.argv[4]).items():
+        parallel = ParallelConfig(**layout)
+        parallel_state.destroy_model_parallel()
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=parallel.tp, pipeline_model_parallel_size=parallel.pp,
+            virtual_pipeline_model_parallel_size=parallel.vpp if parallel.vpp > 1 else None,
+            expert_model_parallel_size=parallel.ep, expert_tensor_parallel_size=parallel.etp,
+            create_gloo_process_groups=False,
+        )
+        chunks = build_chunks(model, parallel, ranks.device)
+        for tensor in weights(chunks).values():
+            tensor.fill_(float("nan"))
+        load_hf(source, weights(chunks), model, parallel, ranks.rank)
+        config = hf_config(model, dtype="float32", eos_token_id=1, pad_token_id=0)
+        resharder = Resharder(model, parallel, lambda: weights(chunks), ranks, 1_000_000)
+        export_hf(resharder, target / name, ranks.rank, config)
+    print(f"rank {ranks.rank} done")
+"""
+
+
+def assert_same_checkpoint(source: Path, target: Path) -> None:
+    wanted = load_file(source / "model.safetensors")
+    found: dict[str, object] = {}
+    for file in target.glob("*.safetensors"):
+        found |= load_file(file)
+    assert found.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        assert found[name].numpy().tobytes() == tensor.numpy().tobytes(), name  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("nproc", "layouts"),
+    [
+        (1, {"one": {}}),
+        (
+            2,
+            {
+                "dp2": {},
+                "ep2": {"ep": 2},
+                "tp2": {"tp": 2, "etp": 2, "sequence_parallel": True},
+                "tp2-ep2": {"tp": 2, "ep": 2, "sequence_parallel": True},
+                "pp2": {"pp": 2},
+                "pp2-vpp2": {"pp": 2, "vpp": 2},
+            },
+        ),
+    ],
+)
+def test_round_trip_is_bitwise(
+    torchrun: Callable[..., str], tmp_path: Path, repo_root: Path, nproc: int, layouts: dict[str, dict[str, object]]
+) -> None:
+    source = write_checkpoint(tmp_path / "source", seed=11)
+    output = torchrun(nproc, ROUND_TRIP, source, tmp_path / "out", repo_root / "conf/model/tiny_ling.yaml", json.dumps(layouts))
+    assert output.count("done") == nproc
+    for name in layouts:
+        assert_same_checkpoint(source, tmp_path / "out" / name)
+
+
+# The reference implementation's logits at the real tokens of a right-padded batch, from packed segments, at every layout.
+GOLDEN = """
+import sys
+from pathlib import Path
+import json
+import torch, yaml
+from megatron.core import parallel_state
+from safetensors.torch import load_file
+from megatron_rl.algorithms.batch import PackedBatch
+from megatron_rl.config.model import ModelConfig, ParallelConfig
+from megatron_rl.policy.attention import make_plan
+from megatron_rl.policy.model import build_chunks, weights
+from megatron_rl.policy.packed import rank_inputs
+from megatron_rl.policy.ranks import MegatronRanks
+from megatron_rl.resharding.families import FAMILIES
+from megatron_rl.resharding.hf import load_hf
+
+if __name__ == "__main__":
+    path = Path(sys.argv[1])
+    values = FAMILIES["bailing_moe_v2"].from_hf_config(json.loads((path / "config.json").read_text()))
+    model = ModelConfig.model_validate(values)
+    parallel = ParallelConfig(**json.loads(sys.argv[2]))
+    ranks = MegatronRanks(parallel, model)
+    (chunk,) = build_chunks(model, parallel, ranks.device)
+    load_hf(path, weights([chunk]), model, parallel, ranks.rank)
+
+    golden = load_file(path / "golden.safetensors")
+    real = golden["attention_mask"].bool()
+    lengths = real.sum(1)
+    tokens_T = golden["input_ids"][real]
+    batch = PackedBatch(tokens_T, torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).int(), torch.ones(len(tokens_T)))
+    inputs = rank_inputs(batch, tp=parallel.tp, cp=1, cp_rank=0)
+    plan = make_plan(inputs.segments, int(model.head_dim * model.rotary_percent), model.rotary_base)
+    with torch.no_grad():
+        logits = chunk(inputs.input_ids_R[None], inputs.segments.positions_R[None], None, packed_seq_params=plan)
+    logits_TV = logits.squeeze(0)[: len(tokens_T)]
+    shard = model.vocab_size // parallel.tp
+    mine = slice(ranks.rank % parallel.tp * shard, (ranks.rank % parallel.tp + 1) * shard)
+    print("difference", (logits_TV - golden["logits"][real][:, mine]).abs().max().item())
+"""
+
+
+@pytest.mark.parametrize(
+    ("nproc", "layout"), [(1, "{}"), (2, '{"ep": 2}'), (2, '{"tp": 2, "etp": 2, "sequence_parallel": true}')], ids=["one", "ep2", "tp2"]
+)
+def test_logits_are_those_of_the_reference_implementation(
+    torchrun: Callable[..., str], shared_data: Path, nproc: int, layout: str
+) -> None:
+    output = torchrun(nproc, GOLDEN, shared_data / "golden_bailing_moe_v2", layout)
+    differences = [float(line.split()[1]) for line in output.splitlines() if line.startswith("difference")]
+    assert len(differences) == nproc
+    assert max(differences) < 1e-4
