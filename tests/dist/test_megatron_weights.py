@@ -129,7 +129,9 @@ if __name__ == "__main__":
 
 
 @pytest.mark.parametrize(
-    ("nproc", "layout"), [(1, "{}"), (2, '{"ep": 2}'), (2, '{"tp": 2, "etp": 2, "sequence_parallel": true}')], ids=["one", "ep2", "tp2"]
+    ("nproc", "layout"),
+    [(1, "{}"), (2, '{"ep": 2}'), (2, '{"tp": 2, "etp": 2, "sequence_parallel": true}')],
+    ids=["one", "ep2", "tp2"],
 )
 def test_logits_are_those_of_the_reference_implementation(
     torchrun: Callable[..., str], shared_data: Path, nproc: int, layout: str
