@@ -1,6 +1,6 @@
 """The folders of a run's checkpoints; one process works here.
 
-    step_N/manifest.json   step, world size, every file with its size
+    step_N/manifest.json   step, what wrote it (model, world size), every file with its size
            trainer.json    what the loop wants to find again (scheduler, partial rollouts, cursors)
            *.distcp, ...   Megatron's distributed checkpoint of model, optimizer and RNG
 
@@ -36,7 +36,7 @@ class Found:
 
     step: int
     folder: Path
-    world_size: int
+    writer: dict[str, Any]
     trainer: dict[str, Any]
 
 
@@ -70,7 +70,7 @@ def _examine(folder: Path) -> Found:
             raise UserError(f"{file} is missing", exit_code=1)
         if file.stat().st_size != size:
             raise UserError(f"{file} has {file.stat().st_size} bytes instead of {size}", exit_code=1)
-    return Found(manifest["step"], folder, manifest["world_size"], _json(folder / TRAINER))
+    return Found(manifest["step"], folder, manifest["writer"], _json(folder / TRAINER))
 
 
 def _is_complete(folder: Path) -> bool:
@@ -99,14 +99,14 @@ def begin(building: Path, trainer: Mapping[str, Any], write_common: Callable[[Pa
         write_common(building)
 
 
-def commit(building: Path, step: int, world_size: int, failure: CheckpointException | None = None) -> None:
+def commit(building: Path, step: int, writer: Mapping[str, Any], failure: CheckpointException | None = None) -> None:
     """All ranks have written, or failed to: the checkpoint appears, or nothing of it stays."""
     final, old = building.with_suffix(""), building.with_suffix(".old")
     with _full_disk(building):
         if failure:
             raise failure
         sizes = {file.name: file.stat().st_size for file in sorted(building.iterdir())}
-        (building / MANIFEST).write_text(json.dumps({"step": step, "world_size": world_size, "files": sizes}, indent=1) + "\n")
+        (building / MANIFEST).write_text(json.dumps({"step": step, "writer": writer, "files": sizes}, indent=1) + "\n")
         for path in (*building.iterdir(), building):
             _fsync(path)
         if final.exists():

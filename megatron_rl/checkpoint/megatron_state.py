@@ -81,6 +81,26 @@ def apply_state(policy: Trainable, state: dict[str, Any]) -> None:
         _set_rng_state(state["rng"])
 
 
+def describe(policy: Trainable) -> dict[str, Any]:
+    """The model's sizes. Loading would not notice another vocabulary (Megatron pads it) or fewer layers (keys not asked for)."""
+    model = next(_models(policy))
+    sizes = {name: getattr(model.config, name) for name in _SIZES}
+    return {"vocab_size": model.vocab_size} | sizes
+
+
+_SIZES = (
+    "num_layers",
+    "hidden_size",
+    "num_attention_heads",
+    "num_query_groups",
+    "kv_channels",
+    "ffn_hidden_size",
+    "num_moe_experts",
+    "moe_ffn_hidden_size",
+    "moe_shared_expert_intermediate_size",
+)
+
+
 def _models(policy: Trainable) -> Iterator[Any]:
     for chunk in policy.chunks:
         while hasattr(chunk, "module"):  # DDP, Float16Module

@@ -3,7 +3,7 @@
 Invariants:
 - a step is committed by rank 0 after every rank has written its part;
 - an error on one rank is raised on all, none is left waiting;
-- a checkpoint restores at any layout; at its own world size with the random states, too.
+- a checkpoint restores at any layout of the same model; at its own world size with the random states, too.
 """
 
 from __future__ import annotations
@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.mapping import CheckpointingException
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_rl.checkpoint import disk, writer
-from megatron_rl.checkpoint.megatron_state import Trainable, apply_state, sharded_state
+from megatron_rl.checkpoint.megatron_state import Trainable, apply_state, describe, sharded_state
 from megatron_rl.config.errors import UserError
 from megatron_rl.ports import Ranks
 
@@ -39,7 +38,7 @@ class CheckpointStore:
             writer.write_sharded(sharded, building)
         except CheckpointException as raised:  # on all ranks, if on one
             failure = raised
-        self._on_rank_0(lambda: disk.commit(building, step, self._ranks.world_size, failure), f"committing {final}")
+        self._on_rank_0(lambda: disk.commit(building, step, self._writer(), failure), f"committing {final}")
         self._on_rank_0(lambda: disk.prune(self._folder, self._keep), f"removing old checkpoints from {self._folder}")
         return final
 
@@ -47,16 +46,19 @@ class CheckpointStore:
         found: disk.Found | None = self._on_rank_0(lambda: disk.newest(self._folder), f"looking for a checkpoint in {self._folder}")
         if found is None:
             return None
-        state = sharded_state(self._policy, loading=True, rng=found.world_size == self._ranks.world_size)
-        try:
-            loaded = dist_checkpointing.load(state, str(found.folder))
-        except (CheckpointException, CheckpointingException) as error:
-            raise UserError(f"{found.folder} does not fit the configured model: {error}", exit_code=1) from error
-        apply_state(self._policy, loaded)
+        now, then = self._writer(), found.writer
+        ours, theirs = now["model"], then["model"]
+        if wrong := [f"{key}={ours[key]} (there: {theirs[key]})" for key in theirs if ours[key] != theirs[key]]:
+            raise UserError(f"{found.folder} is of another model: {', '.join(wrong)}", exit_code=1)
+        state = sharded_state(self._policy, loading=True, rng=then["world_size"] == now["world_size"])
+        apply_state(self._policy, dist_checkpointing.load(state, str(found.folder)))
         return found.step, found.trainer
 
     def export_hf(self, path: Path) -> None:
         self._export(path)
+
+    def _writer(self) -> dict[str, Any]:
+        return {"world_size": self._ranks.world_size, "model": describe(self._policy)}
 
     def _on_rank_0(self, act: Callable[[], Any], what: str) -> Any:
         """*Collective*: rank 0 works on the disk; every rank gets its result or raises its error."""

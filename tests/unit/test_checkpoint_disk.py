@@ -17,7 +17,7 @@ def write(folder: Path, step: int, trainer: dict[str, object] | None = None, kee
     building = folder / f"step_{step}.tmp"
     disk.begin(building, trainer or {"step": step}, lambda there: None)
     (building / "__0_0.distcp").write_bytes(bytes(nbytes))
-    disk.commit(building, step, world_size=2)
+    disk.commit(building, step, {"world_size": 2})
     disk.prune(folder, keep)
     return folder / f"step_{step}"
 
@@ -30,7 +30,7 @@ def test_the_newest_step_is_found_by_number(tmp_path: Path) -> None:
     for step in (9, 10, 2):
         write(tmp_path, step)
     found = disk.newest(tmp_path)
-    assert found == disk.Found(10, tmp_path / "step_10", 2, {"step": 10})
+    assert found == disk.Found(10, tmp_path / "step_10", {"world_size": 2}, {"step": 10})
 
 
 def test_a_fresh_run_has_none(tmp_path: Path) -> None:
