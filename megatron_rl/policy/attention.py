@@ -81,6 +81,19 @@ def make_plan(segments: Segments, rotary_dim: int, rotary_base: float) -> Packed
     )
 
 
+def for_transformer_engine(segments: Segments) -> PackedSeqParams:
+    """Transformer Engine splits padded segments over CP ranks by itself, in the same zig-zag."""
+    cu_seqlens = torch.nn.functional.pad(segments.lengths_S.cumsum(0), (1, 0)).to(torch.int32)
+    longest = int(segments.lengths_S.max())
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=cu_seqlens,
+        cu_seqlens_kv=cu_seqlens,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+    )
+
+
 def _buckets(lengths: Sequence[int]) -> list[list[int]]:
     """Indices of segments, longest first."""
     buckets: list[list[int]] = []

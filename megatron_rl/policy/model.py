@@ -63,6 +63,11 @@ def build_chunks(model: ModelConfig, parallel: ParallelConfig, device: torch.dev
         for module in chunk.modules():
             if hasattr(module, "_maintain_float32_expert_bias"):
                 module._maintain_float32_expert_bias()  # Float16Module rounds every buffer; later calls would keep what is left
+        for name, parameter in chunk.named_parameters():
+            if ".experts." in name:
+                # layers.py:921 does so under EP > 1 only. Under EP = 1 and ETP < TP it would reduce the gradients of experts, which
+                # then see other tokens on every TP rank, over the replicas alone; and the optimizer's parts would depend on EP.
+                parameter.allreduce = False
         chunks.append(chunk)
     return chunks
 

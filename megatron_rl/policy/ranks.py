@@ -21,20 +21,19 @@ T = TypeVar("T")
 
 
 class MegatronRanks:
-    """`ports.Ranks`. Under torchrun as its environment says, else the only rank of a world of one."""
+    """`ports.Ranks`, in the process group that it finds; without one, in one that it makes: as torchrun's environment says, or
+    of this process alone."""
 
     def __init__(self, parallel: ParallelConfig, model: ModelConfig, seed: int = 0) -> None:
         platform_cpu.install()
         self.timeout_s = parallel.timeout_s
-        self.rank, self.world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        parallel.check(self.world_size, model)
         self.device = _device()
         timeout = timedelta(seconds=parallel.timeout_s)
-        if "RANK" in os.environ:
-            dist.init_process_group(_backend(self.device), timeout=timeout)
-        else:
-            alone = torch._C._distributed_c10d.HashStore()
-            dist.init_process_group(_backend(self.device), timeout=timeout, store=alone, rank=0, world_size=1)
+        self._made_group = not dist.is_initialized()
+        if self._made_group:
+            _init_process_group("nccl" if self.device.type == "cuda" else "gloo", timeout)
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        parallel.check(self.world_size, model)
         _init_megatron(parallel, seed)
         from megatron.core import parallel_state as mpu
 
@@ -60,7 +59,7 @@ class MegatronRanks:
         from megatron.core import parallel_state as mpu
 
         mpu.destroy_model_parallel()
-        dist.destroy_process_group()
+        dist.destroy_process_group(None if self._made_group else self._gloo)
 
     def _lost(self, what: str, error: RuntimeError) -> RuntimeError:
         return RuntimeError(f"rank {self.rank} waited for {what} (at most {self.timeout_s:g} s) and got: {error}")
@@ -74,8 +73,12 @@ def _device() -> torch.device:
     return device
 
 
-def _backend(device: torch.device) -> str:
-    return "nccl" if device.type == "cuda" else "gloo"
+def _init_process_group(backend: str, timeout: timedelta) -> None:
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        store = torch._C._distributed_c10d.HashStore()
+        dist.init_process_group(backend, timeout=timeout, store=store, rank=0, world_size=1)
 
 
 def _init_megatron(parallel: ParallelConfig, seed: int) -> None:

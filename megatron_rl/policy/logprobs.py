@@ -1,0 +1,64 @@
+"""Log-probability of one token per row, and the entropy of the row, from logits whose vocabulary is split over TP ranks.
+
+Invariants: value and gradient are those of the unsplit vocabulary, for log-probs and for entropies; both come from one pass
+forward and one backward; every TP rank gets the same values.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron_rl_kernels.logprob import token_logprobs
+from torch.autograd.function import once_differentiable
+
+
+def row_logprobs(
+    logits_RV: torch.Tensor, tokens_R: torch.Tensor, temperature: float, tp_group: dist.ProcessGroup
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(logprobs_R, entropy_R), fp32, under softmax(logits / temperature); V is this rank's part of the vocabulary."""
+    if tp_group.size() == 1:
+        return token_logprobs(logits_RV, tokens_R, temperature)
+    return _VocabParallel.apply(logits_RV, tokens_R, temperature, tp_group)
+
+
+class _VocabParallel(torch.autograd.Function):
+    """With x = logits / temperature, p = softmax(x) and H its entropy: d logprob / dx_i = [i is the token] - p_i and
+    d H / dx_i = -p_i (log p_i + H)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits_RV: torch.Tensor, tokens_R: torch.Tensor, temperature: float, group: dist.ProcessGroup
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        x_RV = logits_RV.float() / temperature
+        largest_R = x_RV.amax(-1)
+        dist.all_reduce(largest_R, dist.ReduceOp.MAX, group)
+        x_RV = x_RV - largest_R[:, None]
+        local_R = tokens_R - group.rank() * x_RV.size(1)
+        elsewhere_R = (local_R < 0) | (local_R >= x_RV.size(1))
+        local_R = local_R.masked_fill(elsewhere_R, 0)
+        exp_RV = x_RV.exp()
+        own_R = x_RV.gather(1, local_R[:, None]).squeeze(1).masked_fill(elsewhere_R, 0.0)
+        sums_3R = torch.stack([exp_RV.sum(-1), (exp_RV * x_RV).sum(-1), own_R])
+        dist.all_reduce(sums_3R, group=group)
+        log_sum_R = sums_3R[0].log()
+        entropy_R = log_sum_R - sums_3R[1] / sums_3R[0]
+        ctx.save_for_backward(x_RV.sub_(log_sum_R[:, None]), local_R, elsewhere_R, entropy_R)
+        ctx.temperature, ctx.dtype = temperature, logits_RV.dtype
+        ctx.set_materialize_grads(False)
+        return sums_3R[2] - log_sum_R, entropy_R
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor, None, None, None]:
+        logp_RV, local_R, elsewhere_R, entropy_R = ctx.saved_tensors
+        grad_logprobs_R, grad_entropy_R = grads
+        p_RV = logp_RV.exp()
+        grad_RV = torch.zeros_like(p_RV)
+        if grad_logprobs_R is not None:
+            grad_RV -= grad_logprobs_R[:, None] * p_RV
+            grad_RV.scatter_add_(1, local_R[:, None], grad_logprobs_R.masked_fill(elsewhere_R, 0.0)[:, None])
+        if grad_entropy_R is not None:
+            grad_RV -= grad_entropy_R[:, None] * p_RV * (logp_RV + entropy_R[:, None])
+        return (grad_RV / ctx.temperature).to(ctx.dtype), None, None, None

@@ -1,0 +1,244 @@
+"""The policy under training: Megatron-Core's model, schedules and optimizer behind `ports.Policy`.
+
+Invariants:
+- gradients of `LossOutput.loss` are summed over microbatches, CP ranks and replicas, and divided by nothing;
+- the result of a step does not depend on the layout, nor on how sequences are packed into microbatches;
+- metrics and the log-probs of a replica's tokens are the same on all its ranks;
+- a gradient that is not finite changes no weight: the step is skipped, and `policy/skipped` says so;
+- reference log-probs are those of the weights the policy was built with, whatever was trained or restored since.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_rl.algorithms.batch import LossOutput, PackedBatch
+from megatron_rl.config.model import ModelConfig, OptimizerConfig, ParallelConfig
+from megatron_rl.policy.logprobs import row_logprobs
+from megatron_rl.policy.model import build_chunks, dtype_of, has_transformer_engine, initialise, weights
+from megatron_rl.policy.optimizer import build_optimizer, update, wrap
+from megatron_rl.policy.packed import RankInputs, rank_inputs
+from megatron_rl.policy.ranks import MegatronRanks
+from megatron_rl.policy.schedule import lr_at
+from megatron_rl.ports import TokenLoss
+
+Load = Callable[[Mapping[str, torch.Tensor]], None]
+LastStage = Callable[[RankInputs, torch.Tensor, torch.Tensor], tuple[torch.Tensor, Any]]
+"""(inputs, logprobs_N, entropy_N) -> (what to differentiate, what to keep)"""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A microbatch in the form that this rank computes on."""
+
+    inputs: RankInputs
+    packed_seq_params: Any
+
+
+class MegatronPolicy:
+    """`ports.Policy`. `load` fills the live weights it is given (an import, say); without it they are random, from `seed`."""
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        parallel: ParallelConfig,
+        optimizer: OptimizerConfig,
+        *,
+        total_steps: int,
+        seed: int,
+        ranks: MegatronRanks,
+        load: Load | None = None,
+        with_reference: bool = False,
+    ) -> None:
+        from megatron.core import parallel_state as mpu
+        from megatron.core.pipeline_parallel import get_forward_backward_func
+
+        self.device, self.dtype = ranks.device, dtype_of(model, ranks.device)
+        self.updates = 0  # optimizer steps taken; the learning rate follows from it
+        self._model, self._parallel, self._optimizer_config, self._total_steps = model, parallel, optimizer, total_steps
+        bare = build_chunks(model, parallel, ranks.device)
+        if load:
+            load(weights(bare))
+        else:
+            initialise(bare, model, seed)
+        self.chunks = wrap(bare, parallel)
+        self.optimizer = build_optimizer(self.chunks, optimizer, parallel, self.dtype)
+        self._reference = {name: tensor.to("cpu", copy=True) for name, tensor in self.weights().items()} if with_reference else None
+        self._tp, self._cp, self._pp = (
+            mpu.get_tensor_model_parallel_group(),
+            mpu.get_context_parallel_group(),
+            mpu.get_pipeline_model_parallel_group(),
+        )
+        self._replicas = mpu.get_data_parallel_group(with_context_parallel=True)
+        self._run_schedule = get_forward_backward_func()
+
+    def weights(self) -> Mapping[str, torch.Tensor]:
+        return weights(self.chunks)
+
+    @torch.no_grad()
+    def logprobs(self, microbatches: Sequence[PackedBatch], temperature: float) -> list[torch.Tensor]:
+        def keep(inputs: RankInputs, logprobs_N: torch.Tensor, entropy_N: torch.Tensor) -> tuple[torch.Tensor, Any]:
+            return logprobs_N.sum(), (inputs.tokens_N, logprobs_N)
+
+        lengths = [len(batch.tokens_T) for batch in microbatches]
+        kept = self._forward_backward(microbatches, temperature, keep, forward_only=True)
+        all_tokens = torch.zeros(sum(lengths), device=self.device)
+        logprobs = list(all_tokens.split(lengths))
+        for logprobs_T, (tokens_N, logprobs_N) in zip(logprobs, kept, strict=False):  # kept: empty but on the last stage
+            logprobs_T[tokens_N] = logprobs_N
+        if kept and self._cp.size() > 1:
+            dist.all_reduce(all_tokens, group=self._cp)
+        if self._pp.size() > 1:
+            dist.broadcast(all_tokens, group_src=self._pp.size() - 1, group=self._pp)
+        return logprobs
+
+    def reference_logprobs(self, microbatches: Sequence[PackedBatch], temperature: float) -> list[torch.Tensor]:
+        with self._reference_weights():
+            return self.logprobs(microbatches, temperature)
+
+    def train_step(self, microbatches: Sequence[PackedBatch], loss: TokenLoss, temperature: float) -> dict[str, float]:
+        from megatron.core.distributed import finalize_model_grads
+
+        def evaluate(inputs: RankInputs, logprobs_N: torch.Tensor, entropy_N: torch.Tensor) -> tuple[torch.Tensor, Any]:
+            output = loss(logprobs_N, entropy_N, inputs.batch)
+            return output.loss, output
+
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        outputs = self._forward_backward(microbatches, temperature, evaluate, forward_only=False)
+        finalize_model_grads(self.chunks)
+        lr = lr_at(self.updates, self._optimizer_config, self._total_steps)
+        grad_norm = update(self.optimizer, lr, self._optimizer_config.grad_clip)
+        skipped = not math.isfinite(grad_norm)
+        self.updates += not skipped
+        step = {"policy/grad_norm": grad_norm, "policy/lr": lr, "policy/skipped": float(skipped)}
+        return self._totals(outputs) | step
+
+    def offload(self) -> None:
+        if self.device.type == "cpu":
+            return
+        self.optimizer.offload_to_cpu()
+        for chunk in self.chunks:
+            for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers):
+                buffer.offload_to_cpu()
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+
+    def onload(self) -> None:
+        if self.device.type == "cpu":
+            return
+        for chunk in self.chunks:
+            for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers):
+                buffer.reload_from_cpu()
+        self.optimizer.restore_from_cpu()
+
+    def _forward_backward(
+        self, microbatches: Sequence[PackedBatch], temperature: float, last: LastStage, forward_only: bool
+    ) -> list[Any]:
+        """What `last` kept of each microbatch; empty but on the last pipeline stage."""
+        prepared = self._prepare(microbatches)
+
+        def forward(data: Iterator[Prepared], chunk: torch.nn.Module) -> tuple[torch.Tensor, Callable[..., Any]]:
+            batch = next(data)
+            inputs = batch.inputs
+            half = {"fp32_output": False} if self.dtype == torch.bfloat16 else {}  # row_logprobs computes in fp32 row by row
+            output = chunk(
+                input_ids=inputs.input_ids_R[None],
+                position_ids=inputs.segments.positions_R[None],
+                attention_mask=None,
+                packed_seq_params=batch.packed_seq_params,
+                **half,
+            )
+
+            def finish(logits_1RV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Any]:
+                values = row_logprobs(logits_1RV[0], inputs.successors_R, temperature, self._tp)
+                scalar, keep = last(inputs, *(inputs.tokens_of_rows(values_R) for values_R in values))
+                return scalar, torch.zeros((), dtype=torch.int, device=self.device), keep
+
+            return output, finish
+
+        kept: list[Any] = self._run_schedule(
+            forward_step_func=forward,
+            data_iterator=[iter(prepared) for _ in self.chunks],
+            model=self.chunks,
+            num_microbatches=len(prepared),
+            seq_length=1,  # read by no schedule where lengths vary
+            micro_batch_size=1,
+            forward_only=forward_only,
+        )
+        return kept[: len(microbatches)]
+
+    def _prepare(self, microbatches: Sequence[PackedBatch]) -> list[Prepared]:
+        batches = list(microbatches)
+        if self._parallel.vpp > 1:  # interleaving takes whole groups of `pp` microbatches (schedules.py:1007)
+            batches += [_nothing_like(batches[0])] * (-len(batches) % self._parallel.pp)
+        tp = self._tp.size() if self._parallel.sequence_parallel else 1
+        prepared = []
+        for batch in batches:
+            inputs = rank_inputs(batch, tp=tp, cp=self._cp.size(), cp_rank=self._cp.rank())
+            prepared.append(Prepared(inputs, self._packed_seq_params(inputs)))
+        return prepared
+
+    def _packed_seq_params(self, inputs: RankInputs) -> Any:
+        from megatron_rl.policy import attention
+
+        if has_transformer_engine(self.device):
+            return attention.for_transformer_engine(inputs.segments)
+        rotary_dim = int(self._model.head_dim * self._model.rotary_percent)
+        return attention.make_plan(inputs.segments, rotary_dim, self._model.rotary_base)
+
+    def _totals(self, outputs: Sequence[LossOutput]) -> dict[str, float]:
+        """Over all microbatches, CP ranks and replicas, on every rank."""
+        totals: dict[str, float] = {}
+        if outputs:
+            totals = self._reduced([output.sums for output in outputs], dist.ReduceOp.SUM)
+            totals |= self._reduced([output.maxima for output in outputs], dist.ReduceOp.MAX)
+        if self._pp.size() > 1:  # the other stages know neither the values nor their names
+            box = [totals]
+            dist.broadcast_object_list(box, group_src=self._pp.size() - 1, group=self._pp, device=self.device)
+            totals = box[0]
+        return totals
+
+    def _reduced(self, values: Sequence[Mapping[str, torch.Tensor]], how: Any) -> dict[str, float]:
+        names = list(values[0])
+        if not names:
+            return {}
+        stacked = torch.stack([torch.stack([value[name] for name in names]) for value in values]).double()
+        reduced = stacked.sum(0) if how == dist.ReduceOp.SUM else stacked.amax(0)
+        dist.all_reduce(reduced, how, self._replicas)
+        return dict(zip(names, reduced.tolist(), strict=True))
+
+    @contextmanager
+    def _reference_weights(self) -> Iterator[None]:
+        if self._reference is None:
+            raise ValueError("this policy was built without a reference")
+        self._exchange(self._reference)
+        try:
+            yield
+        finally:
+            self._exchange(self._reference)
+
+    @torch.no_grad()
+    def _exchange(self, others: Mapping[str, torch.Tensor]) -> None:
+        for name, tensor in self.weights().items():
+            current = tensor.to("cpu", copy=True)
+            tensor.copy_(others[name])
+            others[name].copy_(current)
+
+
+def _nothing_like(batch: PackedBatch) -> PackedBatch:
+    """One token, masked out."""
+    return PackedBatch(
+        tokens_T=batch.tokens_T[:1],
+        cu_seqlens=batch.cu_seqlens.new_tensor([0, 1]),
+        loss_mask_T=torch.zeros_like(batch.loss_mask_T[:1]),
+        fields={name: torch.zeros_like(values_T[:1]) for name, values_T in batch.fields.items()},
+    )

@@ -1,0 +1,69 @@
+"""Megatron's gradient buffers and optimizer around model chunks, and one step of them.
+
+Invariant: an update with a gradient norm that is not finite changes neither weights nor optimizer state.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from megatron_rl.config.model import OptimizerConfig, ParallelConfig
+
+
+def wrap(chunks: Sequence[Any], parallel: ParallelConfig) -> list[Any]:
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+
+    config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=parallel.overlap_grad_reduce,
+        use_distributed_optimizer=parallel.distributed_optimizer,
+    )
+    wrapped = [
+        DistributedDataParallel(chunk.config, config, chunk, disable_bucketing=number > 0) for number, chunk in enumerate(chunks)
+    ]
+    if parallel.overlap_grad_reduce:  # reduce once, while the last microbatch runs backwards
+        no_sync = [chunk.no_sync for chunk in wrapped]
+        chunks[0].config.no_sync_func = no_sync if len(wrapped) > 1 else no_sync[0]
+    return wrapped
+
+
+def build_optimizer(chunks: Sequence[Any], optimizer: OptimizerConfig, parallel: ParallelConfig, dtype: torch.dtype) -> Any:
+    from megatron.core.optimizer import OptimizerConfig as MegatronConfig
+    from megatron.core.optimizer import get_megatron_optimizer
+
+    config = MegatronConfig(
+        optimizer="adam",
+        lr=optimizer.lr,
+        min_lr=optimizer.min_lr,
+        weight_decay=optimizer.weight_decay,
+        adam_beta1=optimizer.beta1,
+        adam_beta2=optimizer.beta2,
+        adam_eps=optimizer.eps,
+        clip_grad=0.0,  # `update` clips
+        bf16=dtype == torch.bfloat16,
+        params_dtype=dtype,
+        use_distributed_optimizer=parallel.distributed_optimizer,
+    )
+    return get_megatron_optimizer(config, list(chunks), use_gloo_process_groups=False)
+
+
+@torch.no_grad()
+def update(optimizer: Any, lr: float, grad_clip: float) -> float:
+    """The gradient norm before clipping. `MegatronOptimizer.step` in its parts: it clips by a norm of NaN, which spoils every
+    weight, and checks for that with fp16's loss scaler only (optimizer.py:470)."""
+    from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.prepare_grads()
+    grad_norm: float = optimizer.get_grad_norm()
+    if math.isfinite(grad_norm):
+        for part in optimizer.chained_optimizers:
+            if grad_clip > 0 and (parameters := part.get_parameters()):
+                clip_grad_by_total_norm_fp32(parameters, grad_clip, grad_norm)
+        optimizer.step_with_ready_grads()
+    return grad_norm

@@ -1,0 +1,85 @@
+"""The result of training does not depend on the layout: every layout against one process, from the same seed and batches."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ranks import SUPPORT, run_ranks
+
+SP = {"sequence_parallel": True}
+LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
+    1: {"one": {}},
+    2: {
+        "DP2": {},
+        "DP2, plain optimizer": {"distributed_optimizer": False},
+        "DP2, overlapped": {"overlap_grad_reduce": True},
+        "EP2": {"ep": 2},
+        "EP2, plain optimizer": {"ep": 2, "distributed_optimizer": False},
+        "TP2": {"tp": 2, **SP},
+        "TP2, plain optimizer": {"tp": 2, "distributed_optimizer": False, **SP},
+        "TP2 ETP2": {"tp": 2, "etp": 2, **SP},
+        "TP2 EP2": {"tp": 2, "ep": 2, **SP},
+        "PP2": {"pp": 2},
+        "PP2 VPP2": {"pp": 2, "vpp": 2},
+        "CP2": {"cp": 2},
+    },
+    4: {"TP2 PP2 EP2": {"tp": 2, "pp": 2, "ep": 2, **SP}, "TP2 CP2": {"tp": 2, "cp": 2, **SP}},
+}
+COMPARED = ("policy/grad_norm", "policy/lr", "loss/policy", "loss/kl", "loss/entropy", "tokens", "mismatch/logprob_gap_max")
+
+pytestmark = pytest.mark.dist
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All layouts of a world size in one launch: most of a launch is the import of Megatron."""
+    out = tmp_path_factory.mktemp("layouts")
+    for world, layouts in LAYOUTS.items():
+        run_ranks(world, SUPPORT / "layout_run.py", [str(out), json.dumps(layouts)], timeout=240)
+    return out
+
+
+def result(results: Path, layout: str, rank: int) -> dict[str, Any]:
+    return json.loads((results / f"{layout}.{rank}.json").read_text())
+
+
+@pytest.mark.parametrize(("world", "layout"), [(world, name) for world, layouts in LAYOUTS.items() for name in layouts])
+def test_losses_norms_and_logprobs_are_those_of_one_process(results: Path, world: int, layout: str) -> None:
+    one = result(results, "one", 0)
+    seen: set[str] = set()
+    for rank in range(world):
+        there = result(results, layout, rank)
+        for expected, step in zip(one["steps"], there["steps"], strict=True):
+            assert step["policy/skipped"] == 0.0
+            for name in COMPARED:
+                assert step[name] == pytest.approx(expected[name], rel=1e-5, abs=1e-6 if name != "policy/grad_norm" else 0), name
+        for number, logprobs in there["logprobs"].items():
+            for whose in ("old", "reference"):
+                assert logprobs[whose] == pytest.approx(one["logprobs"][number][whose], abs=2e-5)
+        seen |= there["logprobs"].keys()
+    assert seen == one["logprobs"].keys()
+
+
+def test_training_moves_the_weights_and_not_the_reference(results: Path) -> None:
+    one = result(results, "one", 0)
+
+    def gap(step: int) -> float:
+        pairs = (pair for number, pair in one["logprobs"].items() if number.startswith(f"{step}."))
+        return max(abs(old - reference) for pair in pairs for old, reference in zip(pair["old"], pair["reference"], strict=True))
+
+    gaps = [gap(step) for step in range(3)]
+    assert gaps[1] > gaps[0] and gaps[2] > 0.01
+    assert all(math.isfinite(step["policy/grad_norm"]) and step["policy/grad_norm"] > 0.5 for step in one["steps"])  # clipped
+
+
+def test_replicas(results: Path) -> None:
+    """CP, TP and PP ranks share a dp_rank; EP ranks are data-parallel."""
+    places = {layout: [result(results, layout, rank)["dp"] for rank in range(2)] for layout in LAYOUTS[2]}
+    for layout in ("DP2", "EP2"):
+        assert places[layout] == [[0, 2], [1, 2]]
+    for layout in ("TP2", "TP2 EP2", "PP2", "CP2"):
+        assert places[layout] == [[0, 1], [0, 1]]

@@ -1,0 +1,91 @@
+"""Ranks of tests/dist/test_layouts.py: three steps of the same training at one layout after another.
+
+    layout_run.py OUT {"name": {"tp": 2, ...}, ...}
+
+Every rank writes OUT/<layout>.<rank>.json: metrics of each step, and log-probs of its replica's microbatches by their number.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from megatron_rl.algorithms.batch import PackedBatch
+from megatron_rl.algorithms.loss import policy_loss
+from megatron_rl.config.model import ModelConfig, OptimizerConfig, ParallelConfig
+from megatron_rl.policy import MegatronPolicy, MegatronRanks
+
+MODEL = ModelConfig.model_validate(
+    {
+        "vocab_size": 48,
+        "hidden_size": 32,
+        "num_layers": 4,
+        "num_attention_heads": 4,
+        "num_kv_heads": 2,
+        "head_dim": 16,
+        "ffn_hidden_size": 64,
+        "moe": {"num_experts": 8, "top_k": 4, "ffn_hidden_size": 32, "num_groups": 4, "topk_groups": 2},
+        "init_std": 0.1,
+    }
+)
+OPTIMIZER = OptimizerConfig(lr=1e-3, warmup_steps=2, decay="linear", grad_clip=0.5)
+STEPS, MICROBATCHES, SEQUENCES = 3, 4, 5
+TEMPERATURE = 0.9
+
+
+def microbatch(seed: int) -> PackedBatch:
+    random = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(2, 24, (SEQUENCES,), generator=random)
+    total = int(lengths.sum())
+    starts = lengths.cumsum(0) - lengths
+    mask_T = (torch.rand(total, generator=random) < 0.7).float()
+    mask_T[starts] = 0.0
+    return PackedBatch(
+        tokens_T=torch.randint(MODEL.vocab_size, (total,), generator=random),
+        cu_seqlens=torch.cat([torch.zeros(1), lengths.cumsum(0)]).to(torch.int32),
+        loss_mask_T=mask_T,
+        fields={
+            "advantages": 1.0 + 0.5 * torch.randn(total, generator=random),
+            "weight": torch.full((total,), 0.01),
+        },
+    )
+
+
+def run(layout: dict[str, object], device_batches: list[PackedBatch]) -> dict[str, object]:
+    parallel = ParallelConfig.model_validate(layout)
+    ranks = MegatronRanks(parallel, MODEL)
+    policy = MegatronPolicy(MODEL, parallel, OPTIMIZER, total_steps=STEPS, seed=3, ranks=ranks, with_reference=True)
+    for name, tensor in policy.weights().items():
+        if name.endswith("expert_bias"):
+            tensor.copy_(torch.linspace(-0.2, 0.2, len(tensor)))
+    loss = policy_loss(kl_weight=0.1, entropy_weight=0.05)
+    mine = range(ranks.dp_rank, MICROBATCHES, ranks.dp_size)
+    steps, logprobs = [], {}
+    for step in range(STEPS):
+        batches = [device_batches[step * MICROBATCHES + number] for number in mine]
+        old = policy.logprobs(batches, TEMPERATURE)
+        reference = policy.reference_logprobs(batches, TEMPERATURE)
+        for number, batch, old_T, reference_T in zip(mine, batches, old, reference, strict=True):
+            fields = {"old_logprobs": old_T, "engine_logprobs": old_T - 0.01, "ref_logprobs": reference_T}
+            batch.fields.update(fields)
+            logprobs[f"{step}.{number}"] = {"old": old_T.tolist(), "reference": reference_T.tolist()}
+        steps.append(policy.train_step(batches, loss, TEMPERATURE))
+    ranks.close()
+    return {"dp": [ranks.dp_rank, ranks.dp_size], "steps": steps, "logprobs": logprobs}
+
+
+def main() -> None:
+    out, layouts = Path(sys.argv[1]), json.loads(sys.argv[2])
+    dist.init_process_group("gloo")
+    for name, layout in layouts.items():
+        batches = [microbatch(seed) for seed in range(STEPS * MICROBATCHES)]
+        (out / f"{name}.{dist.get_rank()}.json").write_text(json.dumps(run(layout, batches)))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
