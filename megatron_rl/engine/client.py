@@ -17,7 +17,8 @@ import http.client
 import itertools
 import json
 import math
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping, Sequence
+from contextlib import aclosing
 from typing import Any, NoReturn
 
 import aiohttp
@@ -54,8 +55,9 @@ class SglangEngine:
             "stream": True,
         }
         try:
-            async for events in self._events("/generate", body):
-                yield [progress for event in events if (progress := self._progress(streams, rids, event))]
+            async with aclosing(self._events("/generate", body)) as arriving:
+                async for events in arriving:
+                    yield [progress for event in events if (progress := self._progress(streams, rids, event))]
             unfinished = [stream.request.rollout_id for stream in streams if not stream.ended]
             if unfinished:
                 self.lose(f"the stream ended before {unfinished[0]} and {len(unfinished) - 1} more requests did")
@@ -120,7 +122,7 @@ class SglangEngine:
         except (aiohttp.ClientError, OSError) as error:  # TimeoutError is an OSError
             self.lose(f"{path}: {_reason(error)}")
 
-    async def _events(self, path: str, body: Mapping[str, Any]) -> AsyncIterator[list[dict[str, Any]]]:
+    async def _events(self, path: str, body: Mapping[str, Any]) -> AsyncGenerator[list[dict[str, Any]], None]:
         """The server-sent events of one POST, as many at a time as have arrived."""
         rest = b""
         try:

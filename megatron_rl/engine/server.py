@@ -2,7 +2,8 @@
 
 SGLang itself is unmodified. Around its `launch_server` this module
 - ties the processes' lives together: the server dies with the trainer that started it, SGLang's children with the server;
-- makes it start on machines without CUDA: stand-ins for two things that have no CPU build, and attention over whole batches;
+- makes it run on machines without CUDA: stand-ins for two things that have no CPU build, attention over whole batches
+  (cpu_attention.py), and a factor that the CPU path forgets (cpu_experts.py);
 - registers BailingMoeV2's configuration class, which SGLang has but does not register (srt/utils/hf_transformers/common.py:115).
 With `--device cuda` only the first and the last happen.
 
@@ -106,21 +107,23 @@ def _declare_torchvision_operators() -> None:
         define(f"torchvision::{operator}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 
-def register() -> None:
-    """What SGLang has to know in every process that loads the model."""
+def register_configs() -> None:
+    """Needed by every process that reads the model's config.json."""
     from sglang.srt.configs.bailing_moe_v2 import BailingMoeV2Config
     from transformers import AutoConfig
 
     AutoConfig.register(BailingMoeV2Config.model_type, BailingMoeV2Config)
-    if ON_CPU:
-        from megatron_rl.engine import cpu_attention
-
-        cpu_attention.register()
 
 
 def run_scheduler(*args: Any, **kwargs: Any) -> None:
-    register()
     from sglang.srt.managers.scheduler import run_scheduler_process
+
+    register_configs()
+    if ON_CPU:
+        from megatron_rl.engine import cpu_attention, cpu_experts
+
+        cpu_attention.register()
+        cpu_experts.register()
 
     run_scheduler_process(*args, **kwargs)
 
@@ -136,7 +139,7 @@ def main(arguments: list[str]) -> None:
         multiprocessing.current_process().authkey = bytes.fromhex(os.environ.pop(AUTHKEY))
     if API_KEY in os.environ:
         arguments = [*arguments, "--api-key", os.environ.pop(API_KEY)]
-    register()
+    register_configs()
     from sglang.srt.entrypoints.http_server import launch_server
     from sglang.srt.server_args import prepare_server_args
 

@@ -1,0 +1,213 @@
+"""A real SGLang server on a CPU against the plain-torch reference: log-probs, weight pushes, aborts and continuations.
+
+Its KV cache is small on purpose: requests queue, and some are thrown out of the batch and come back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from reference_model import Weights, reference_logits, reference_logprobs
+from safetensors.torch import load_file
+from tiny_checkpoint import TINY_CONFIG, random_weights, write_checkpoint
+
+from megatron_rl.config.rollout import EngineConfig
+from megatron_rl.engine.arguments import STARTUP_VERSION
+from megatron_rl.engine.client import SglangEngine
+from megatron_rl.engine.launcher import SglangEngines
+from megatron_rl.engine.weights import EngineWeights
+from megatron_rl.types import EngineLost, GenerateRequest, Progress, Prompt, Rollout, SamplingParams
+
+pytestmark = pytest.mark.sglang
+TOLERANCE = 1e-4  # nats, float32
+OVERRIDES = {  # the shapes of the original implementation's golden outputs
+    "vocab_size": 256, "hidden_size": 64, "intermediate_size": 128, "head_dim": 16, "num_experts": 16,
+    "num_experts_per_tok": 4, "moe_intermediate_size": 32, "eos_token_id": 255,
+}  # fmt: skip
+CONFIG = TINY_CONFIG | OVERRIDES
+KV_TOKENS = 1500
+
+
+@pytest.fixture(scope="module")
+def engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SglangEngines]:
+    path = tmp_path_factory.mktemp("engines")
+    config = EngineConfig(device="cpu", max_total_tokens=KV_TOKENS, stream_interval=4)
+    fleet = SglangEngines(config, str(write_checkpoint(path / "hf", seed=0, **OVERRIDES)), path, context_length=256, seed=0)
+    fleet.start()
+    yield fleet
+    fleet.stop()
+
+
+@pytest.fixture
+def engine(engines: SglangEngines) -> SglangEngine:
+    assert [engine.lost for engine in engines.alive] == [None]
+    return engines.alive[0]
+
+
+def push(engines: SglangEngines, weights: Weights, version: int, bucket_size: int = 40) -> None:
+    sink = EngineWeights(engines)
+    sink.begin()
+    items = list(weights.items())
+    for start in range(0, len(items), bucket_size):
+        bucket = [(name, tensor.clone()) for name, tensor in items[start : start + bucket_size]]
+        sink.send(bucket)
+        for _, tensor in bucket:
+            tensor.fill_(float("nan"))  # the memory is ours again
+    sink.end(version)
+
+
+def requests_for(prompts: Sequence[Sequence[int]], new: int, **sampling: Any) -> list[GenerateRequest]:
+    return [GenerateRequest(f"0:{i}#0", tuple(prompt), new, SamplingParams(**sampling)) for i, prompt in enumerate(prompts)]
+
+
+def generate(engine: SglangEngine, requests: Sequence[GenerateRequest], abort_at: int | None = None) -> dict[str, Rollout]:
+    """Run the requests to their end; `abort_at`: abort all once so many tokens came."""
+    prompt = Prompt(id="", text="", tokens=(), answer="", verifier="")
+    got = {request.rollout_id: Rollout(request.rollout_id, prompt, 0) for request in requests}
+
+    def take(messages: Sequence[Progress]) -> int:
+        for message in messages:
+            got[message.rollout_id] = got[message.rollout_id].extended(message)
+        return sum(len(rollout.tokens) for rollout in got.values())
+
+    async def run() -> None:
+        aborts: list[asyncio.Task[None]] = []
+        async for messages in engine.generate(requests):
+            if abort_at is not None and take(messages) >= abort_at and not aborts:
+                aborts.append(asyncio.create_task(engine.abort()))
+            elif abort_at is None:
+                take(messages)
+        await asyncio.gather(*aborts)
+
+    asyncio.run(asyncio.wait_for(run(), 60))
+    return got
+
+
+def random_prompts(count: int, seed: int, longest: int = 40) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(1, longest + 1, (count,), generator=generator).tolist()
+    return [torch.randint(2, 255, (length,), generator=generator).tolist() for length in lengths]
+
+
+def worst_gap(weights: Weights, prompt: Sequence[int], rollout: Rollout, temperature: float = 1.0) -> float:
+    expected = reference_logprobs(weights, CONFIG, [*prompt, *rollout.tokens], temperature)[len(prompt) - 1 :]
+    return (expected - torch.tensor(rollout.engine_logprobs)).abs().max().item() if rollout.tokens else 0.0
+
+
+def test_a_fresh_server_is_on_its_checkpoints_weights(engine: SglangEngine) -> None:
+    got = generate(engine, requests_for([[5, 6]], 8))["0:0#0"]
+    assert set(got.versions) == {STARTUP_VERSION}
+    assert worst_gap(random_weights(CONFIG, seed=0), [5, 6], got) < TOLERANCE
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_logprobs_are_the_models_at_the_sampling_temperature(
+    engines: SglangEngines, engine: SglangEngine, temperature: float
+) -> None:
+    weights = random_weights(CONFIG, seed=3)
+    push(engines, weights, version=3)
+    prompts = random_prompts(48, seed=1)
+    requests = requests_for(prompts, 40, temperature=temperature)
+    assert sum(len(prompt) for prompt in prompts) + 48 * 40 > KV_TOKENS  # they do not fit at once
+    for _ in range(2):  # the second time, prompts are in the prefix cache
+        got = generate(engine, requests)
+        assert {rollout.finish_reason for rollout in got.values()} <= {"length", "stop"}
+        assert max(worst_gap(weights, r.tokens, got[r.rollout_id], temperature) for r in requests) < TOLERANCE
+
+
+def test_greedy_stop_and_length(engines: SglangEngines, engine: SglangEngine) -> None:
+    weights = random_weights(CONFIG, seed=4)
+    push(engines, weights, version=4)
+    prompt = [7, 8, 9]
+    greedy = list(prompt)
+    for _ in range(12):
+        greedy.append(int(reference_logits(weights, CONFIG, greedy)[-1].argmax()))
+    answer = greedy[3:]
+    assert 255 not in answer
+    stop = next(token for at, token in enumerate(answer) if at > 2 and token not in answer[:at])
+    free, stopped = (generate(engine, requests_for([prompt], 12, temperature=0.0, stop_token_ids=s)) for s in ((), (stop,)))
+    assert free["0:0#0"].tokens == tuple(answer) and free["0:0#0"].finish_reason == "length"
+    assert stopped["0:0#0"].tokens == tuple(answer[: answer.index(stop) + 1]) and stopped["0:0#0"].finish_reason == "stop"
+
+
+def test_a_continued_rollout_keeps_each_tokens_version_and_logprob(engines: SglangEngines, engine: SglangEngine) -> None:
+    old, new = random_weights(CONFIG, seed=5), random_weights(CONFIG, seed=6)
+    push(engines, old, version=5)
+    prompts = random_prompts(60, seed=2)
+    before = generate(engine, requests_for(prompts, 64, temperature=1.0), abort_at=600)
+    started = [r for r in before.values() if r.tokens]
+    assert any(r.finish_reason is None for r in started) and sum(len(r.tokens) for r in started) < 60 * 64 / 2
+    push(engines, new, version=6)
+    unfinished = {name: r for name, r in before.items() if r.finish_reason is None}
+    prompt_of = {f"0:{i}#0": prompt for i, prompt in enumerate(prompts)}
+    requests = [
+        GenerateRequest(name, (*prompt_of[name], *r.tokens), 64 - len(r.tokens), SamplingParams()) for name, r in unfinished.items()
+    ]
+    after = generate(engine, requests)
+    for request in requests:
+        first, second = unfinished[request.rollout_id], after[request.rollout_id]
+        prompt = prompt_of[request.rollout_id]
+        assert set(first.versions) <= {5} and set(second.versions) == {6}
+        assert worst_gap(old, prompt, first) < TOLERANCE
+        assert worst_gap(new, request.tokens, second) < TOLERANCE
+
+
+def test_single_requests_can_be_aborted_while_others_go_on(engine: SglangEngine) -> None:
+    async def run() -> dict[str, list[Progress]]:
+        got: dict[str, list[Progress]] = {"0:0#0": [], "0:1#0": []}
+        aborted = False
+        async for messages in engine.generate(requests_for([[3], [4]], 120, stop_token_ids=())):
+            for message in messages:
+                got[message.rollout_id].append(message)
+            if not aborted and got["0:0#0"]:
+                aborted = True
+                await engine.abort(["0:0#0"])
+        return got
+
+    got = asyncio.run(asyncio.wait_for(run(), 60))
+    assert got["0:0#0"][-1].finish_reason is None and sum(len(m.tokens) for m in got["0:0#0"]) < 120
+    assert got["0:1#0"][-1].finish_reason in ("length", "stop")
+
+
+def test_pushed_weights_give_the_original_implementations_logprobs(
+    engines: SglangEngines, engine: SglangEngine, shared_data: Path
+) -> None:
+    golden = shared_data / "golden_bailing_moe_v2"
+    expected = load_file(golden / "golden.safetensors")
+    config = json.loads((golden / "config.json").read_text())
+    assert all(CONFIG[key] == config[key] for key in OVERRIDES.keys() - {"eos_token_id"})
+    push(engines, load_file(golden / "model.safetensors"), version=7, bucket_size=17)
+    real = expected["attention_mask"].bool()
+    sequences = [ids[mask].tolist() for ids, mask in zip(expected["input_ids"], real, strict=True)]
+    body: Mapping[str, Any] = {
+        "input_ids": sequences,
+        "sampling_params": {"max_new_tokens": 1, "temperature": 0.0},
+        "return_logprob": True,
+        "logprob_start_len": 0,
+    }
+    for tokens, mask, logits_TV, answer in zip(sequences, real, expected["logits"], engine.call("/generate", body), strict=True):
+        told = torch.tensor([logprob for logprob, _, _ in answer["meta_info"]["input_token_logprobs"][1:]])
+        wanted = logits_TV[mask][:-1].log_softmax(-1).gather(-1, torch.tensor(tokens[1:])[:, None])[:, 0]
+        assert (told - wanted).abs().max() < TOLERANCE
+
+
+def test_a_push_that_another_engines_death_ended_can_be_repeated(engines: SglangEngines, engine: SglangEngine) -> None:
+    weights = random_weights(CONFIG, seed=8)
+    EngineWeights(engines).begin()  # and never ended
+    push(engines, weights, version=8)
+    got = generate(engine, requests_for([[5, 6]], 8))["0:0#0"]
+    assert set(got.versions) == {8} and worst_gap(weights, [5, 6], got) < TOLERANCE
+
+
+def test_a_refused_request_is_an_engine_lost_with_the_servers_reason(engines: SglangEngines) -> None:
+    """Last in this file: the server counts as lost from then on, and is restarted by `recover`."""
+    engine = engines.alive[0]
+    with pytest.raises(EngineLost, match=r"engine_0 .*/generate"):
+        generate(engine, requests_for([list(range(2, 202)) * 2], 8))  # longer than the context
+    assert engines.alive == []
