@@ -74,6 +74,10 @@ def compose_and_run(verb: str, overrides: Sequence[str]) -> None:
             fail(f"{error.full_key}: missing; give it as {error.full_key}=...", 2)
         except UserError as error:
             fail(str(error), error.exit_code)
+        except RuntimeError as error:
+            if "onnection closed by peer" not in str(error):
+                raise
+            sys.exit(f"rank {os.environ.get('RANK')}: another rank ended first")  # which says why
 
     job()
 

@@ -13,20 +13,23 @@ import yaml
 from megatron_rl.config import RlRun, SftRun, UserError
 
 
-@contextmanager
-def owned(path: Path) -> Iterator[None]:
-    """Hold the directory until the process ends, however it ends. Raises UserError while another process holds it."""
+def make(key: str, path: Path) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
-        lock = (path / ".lock").open("a+")
     except OSError as error:
-        raise UserError(f"run.dir={path}: {error.strerror}", exit_code=1) from None
-    with lock:
+        raise UserError(f"{key}={path}: {error.strerror}", exit_code=1) from None
+
+
+@contextmanager
+def owned(key: str, path: Path) -> Iterator[None]:
+    """Hold the directory until the process ends, however it ends. Raises UserError while another process holds it."""
+    make(key, path)
+    with (path / ".lock").open("a+") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             lock.seek(0)
-            raise UserError(f"run.dir={path}: in use by process {lock.read().strip() or '?'}", exit_code=1) from None
+            raise UserError(f"{key}={path}: in use by process {lock.read().strip() or '?'}", exit_code=1) from None
         lock.truncate(0)
         lock.write(str(os.getpid()))
         lock.flush()

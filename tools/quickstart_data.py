@@ -23,18 +23,18 @@ import reasoning_gym
 from megatron_rl.data.tokenizer import train_sentencepiece
 
 TASK = {"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 2}
+STREAM = 10_000_000  # problems per seed, made as they are asked for
 VOCAB = 24  # characters of the task and the four special tokens fit
 
 
 def problems(seed: int) -> Iterator[dict[str, Any]]:
-    """An endless stream of distinct problems."""
+    """A stream of distinct problems. reasoning-gym makes problem i from (seed + i), so seeds are spaced apart."""
     seen: set[str] = set()
-    for block in range(1_000):
-        for entry in reasoning_gym.create_dataset("chain_sum", seed=seed * 1_000 + block, size=5_000, **TASK):
-            expression = entry["metadata"]["expression"].replace(" ", "")
-            if expression not in seen:
-                seen.add(expression)
-                yield {"expression": expression, "entry": entry}
+    for entry in reasoning_gym.create_dataset("chain_sum", seed=seed * STREAM, size=STREAM, **TASK):
+        expression = entry["metadata"]["expression"].replace(" ", "")
+        if expression not in seen:
+            seen.add(expression)
+            yield {"expression": expression, "entry": entry}
 
 
 def worked(expression: str) -> str:

@@ -30,6 +30,11 @@ class MoeConfig(Config):
             raise ValueError(f"topk_groups={self.topk_groups} is more than num_groups={self.num_groups}")
         if self.top_k > self.num_experts // self.num_groups * self.topk_groups:
             raise ValueError(f"top_k={self.top_k} is more experts than the topk_groups={self.topk_groups} chosen groups hold")
+        if self.topk_groups < self.num_groups and self.top_k != 2 * self.topk_groups:
+            raise ValueError(
+                f"top_k={self.top_k} is not 2 x topk_groups={self.topk_groups}: Megatron-Core scores a group by its best "
+                f"top_k / topk_groups experts (moe_utils.py, group_limited_topk), Ling and SGLang by its best two"
+            )
         return self
 
 
@@ -76,7 +81,7 @@ class ParallelConfig(Config):
     distributed_optimizer: bool = True
     overlap_grad_reduce: bool = False
     microbatch_tokens: PositiveInt = 8192  # packed tokens per microbatch and replica; a longer sequence gets one of its own
-    timeout_s: PositiveFloat = 1800.0  # of one collective
+    timeout_s: PositiveFloat = 7200.0  # of one collective; the other ranks wait in one while rank 0 generates
 
     def check(self, world_size: int, model: ModelConfig) -> None:
         """Refuse an impossible layout. Raises ValueError naming the key."""

@@ -102,6 +102,13 @@ class SftRun(Config):
     checkpoint: CheckpointConfig = CheckpointConfig()
     track: TrackConfig = TrackConfig()
 
+    @model_validator(mode="after")
+    def _steps(self) -> Self:
+        steps = sum(stage.steps for stage in self.data.stages)
+        if steps != self.run.steps:
+            raise ValueError(f"run.steps={self.run.steps}: the stages of data.stages have {steps}")
+        return self
+
 
 class EvalData(Config):
     eval: str  # JSONL of prompts

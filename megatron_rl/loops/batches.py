@@ -13,8 +13,8 @@ from typing import Protocol
 
 import torch
 
-from megatron_rl.algorithms.advantages import group_advantages, zero_variance
-from megatron_rl.algorithms.aggregation import token_weights
+from megatron_rl.algorithms.advantages import AdvantageMethod, group_advantages
+from megatron_rl.algorithms.aggregation import AggregationMethod, token_weights
 from megatron_rl.algorithms.batch import PackedBatch
 from megatron_rl.scheduler.packing import pack
 from megatron_rl.types import Group, Score
@@ -36,8 +36,9 @@ def is_valid(score: Score) -> bool:
     return score.status not in ("timeout", "error")
 
 
-def usable_groups(groups: Sequence[Group], *, zero_variance_mode: str, exclude_failed: bool) -> list[Group]:
-    """Groups whose advantages carry a gradient; with `exclude_failed`, members without a judgement leave first."""
+def usable_groups(groups: Sequence[Group], *, advantage: AdvantageMethod, zero_variance: str, exclude_failed: bool) -> list[Group]:
+    """With `exclude_failed`, members without a judgement leave their group; with zero_variance="drop", groups leave whose
+    advantages are all zero: they carry no gradient."""
     usable = []
     for group in groups:
         if exclude_failed:
@@ -45,24 +46,28 @@ def usable_groups(groups: Sequence[Group], *, zero_variance_mode: str, exclude_f
             if not kept:
                 continue
             group = Group(group.id, group.prompt, tuple(r for r, _ in kept), tuple(s for _, s in kept))
-        if zero_variance_mode == "drop" and zero_variance(torch.tensor(group.rewards)):
-            continue
-        usable.append(group)
+        if zero_variance == "keep" or any(advantages(group, advantage)):
+            usable.append(group)
     return usable
 
 
+def advantages(group: Group, method: AdvantageMethod) -> list[float]:
+    values: list[float] = group_advantages(torch.tensor(group.rewards, dtype=torch.float32), method).tolist()
+    return values
+
+
 def rl_sequences(
-    groups: Sequence[Group], *, advantage: str, aggregation: str, train_token_budget: int | None
+    groups: Sequence[Group], *, advantage: AdvantageMethod, aggregation: AggregationMethod, train_token_budget: int | None
 ) -> list[TrainSequence]:
     """Advantages over whole groups first, then the budget's truncation (C3PO, arXiv 2506.14731 section 3.2)."""
     rollouts = [(rollout, index) for index, group in enumerate(groups) for rollout in group.rollouts]
     if not rollouts:
         return []
-    advantages = [a for group in groups for a in group_advantages(torch.tensor(group.rewards, dtype=torch.float32), advantage).tolist()]
+    values = [value for group in groups for value in advantages(group, advantage)]
     lengths, group_of = [len(rollout.tokens) for rollout, _ in rollouts], [index for _, index in rollouts]
     weights = token_weights(lengths, group_of, method=aggregation, budget=train_token_budget)
     sequences = []
-    for (rollout, _), value, weight, kept in zip(rollouts, advantages, weights.weights, weights.keep_lengths, strict=True):
+    for (rollout, _), value, weight, kept in zip(rollouts, values, weights.weights, weights.keep_lengths, strict=True):
         if kept == 0:
             continue
         fields = {

@@ -48,7 +48,10 @@ def train(config: RlRun, parts: RlParts) -> bool:
     """Run or go on until `config.run.steps`. True when complete, False when a signal ended it early (resumable)."""
     store, tracker = parts.store, parts.tracker
     step = restore(parts)
-    push(parts, step)
+    if step < config.run.steps:
+        if parts.engines:
+            parts.engines.start()
+        push(parts, step)
     if step == 0 and config.eval.at_ends:
         tracker.log(0, evaluate(parts))
 
@@ -60,7 +63,10 @@ def train(config: RlRun, parts: RlParts) -> bool:
             return False
 
         trained = batches.usable_groups(
-            phase.groups, zero_variance_mode=config.algorithm.zero_variance, exclude_failed=config.reward.exclude_failed
+            phase.groups,
+            advantage=config.algorithm.advantage,
+            zero_variance=config.algorithm.zero_variance,
+            exclude_failed=config.reward.exclude_failed,
         )
         sequences = batches.rl_sequences(
             trained,

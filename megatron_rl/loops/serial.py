@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict
-from functools import cache
 from typing import Any, TypeVar
 
 from pydantic import TypeAdapter
@@ -20,9 +19,8 @@ def to_json(value: Prompt | Rollout | Group) -> dict[str, Any]:
 
 def from_json(kind: type[T], value: Mapping[str, Any]) -> T:
     """Raises pydantic.ValidationError if the value is not of the form."""
-    return _adapter(kind).validate_python(value)
+    restored: T = ADAPTERS[kind].validate_python(value)
+    return restored
 
 
-@cache
-def _adapter(kind: type[T]) -> TypeAdapter[T]:
-    return TypeAdapter(kind)
+ADAPTERS: Mapping[type, TypeAdapter[Any]] = {kind: TypeAdapter(kind) for kind in (Prompt, Rollout, Group)}

@@ -13,6 +13,7 @@ from typing import Protocol
 
 import torch
 
+from megatron_rl.algorithms.loss import summarise
 from megatron_rl.config import SftRun
 from megatron_rl.loops import batches
 from megatron_rl.loops.signals import StopFlag
@@ -52,7 +53,7 @@ def train(config: SftRun, parts: SftParts) -> bool:
             replica=ranks.dp_rank,
             device=parts.device,
         )
-        metrics = parts.policy.train_step(share, parts.loss, temperature=1.0)
+        metrics = summarise(parts.policy.train_step(share, parts.loss, temperature=1.0))
         step += 1
         tokens = float(sum(map(len, sequences)))
         tracker.log(step, metrics | {"train/tokens": tokens, "time/train_s": time.monotonic() - started})

@@ -23,15 +23,15 @@ def group(name: str, rewards: list[float], lengths: list[int], statuses: list[st
 
 def test_groups_without_variance_are_left_out_only_when_dropped() -> None:
     groups = [group("even", [1, 1], [2, 2]), group("mixed", [1, 0], [2, 2])]
-    assert [g.id for g in usable_groups(groups, zero_variance_mode="drop", exclude_failed=True)] == ["0:mixed"]
-    assert len(usable_groups(groups, zero_variance_mode="keep", exclude_failed=True)) == 2
+    assert [g.id for g in usable_groups(groups, advantage="grpo", zero_variance="drop", exclude_failed=True)] == ["0:mixed"]
+    assert len(usable_groups(groups, advantage="grpo", zero_variance="keep", exclude_failed=True)) == 2
 
 
 def test_members_without_a_judgement_leave_the_group() -> None:
     one = group("a", [1, 0, 0], [2, 3, 4], ["correct", "timeout", "wrong"])
-    (left,) = usable_groups([one], zero_variance_mode="drop", exclude_failed=True)
+    (left,) = usable_groups([one], advantage="grpo", zero_variance="drop", exclude_failed=True)
     assert [r.sample for r in left.rollouts] == [0, 2]
-    assert usable_groups([group("b", [0], [2], ["error"])], zero_variance_mode="keep", exclude_failed=True) == []
+    assert usable_groups([group("b", [0], [2], ["error"])], advantage="grpo", zero_variance="keep", exclude_failed=True) == []
 
 
 def test_every_field_belongs_to_its_response_token() -> None:

@@ -1,0 +1,272 @@
+"""Binds the loops to Megatron-Core, SGLang and the disk: builds a run's parts from its configuration and takes them down again.
+
+Whatever is started is entered on an ExitStack, so that it is taken down in reverse order however the run ends. Heavy rooms are
+imported where they are used: an evaluation never loads Megatron.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+from megatron_rl import rundir
+from megatron_rl.config import EvalRun, RlRun, SftRun, UserError
+from megatron_rl.config.rollout import EngineConfig
+from megatron_rl.data.prompts import PromptStream, read_prompts
+from megatron_rl.data.sft import SftStream, read_sft
+from megatron_rl.data.tokenizer import Tokenizer, export_hf_tokenizer, load_tokenizer
+from megatron_rl.loops.evaluate import Evaluator
+from megatron_rl.loops.signals import StopFlag
+from megatron_rl.observability.console import set_up_logging
+from megatron_rl.observability.report import write_report
+from megatron_rl.observability.summary import read_metrics, rl_summary
+from megatron_rl.observability.tracker import NullTracker, RunTracker
+from megatron_rl.ports import Tracker
+from megatron_rl.rewards.pool import RewardPool
+from megatron_rl.types import SamplingParams
+
+if TYPE_CHECKING:
+    from megatron_rl.checkpoint.store import CheckpointStore
+    from megatron_rl.engine.launcher import SglangEngines
+    from megatron_rl.loops.rl import RlParts
+    from megatron_rl.policy import MegatronPolicy, MegatronRanks
+    from megatron_rl.resharding.execute import Resharder
+
+log = logging.getLogger("megatron_rl")
+EXPORT_BUCKET_BYTES = 512 * 2**20  # of a checkpoint's shard file
+
+
+def run_rl(config: RlRun) -> None:
+    from megatron_rl.loops import rl
+
+    run_dir = Path(config.run.dir)
+    with ExitStack() as stack:
+        stop = StopFlag().install()
+        core = policy_parts(config, run_dir, stack)
+        parts = rl_parts(config, run_dir, core, stop, stack)
+        complete = rl.train(config, parts)
+        if core.ranks.rank == 0:
+            write_summary(run_dir, rl_summary(read_metrics(run_dir / "metrics.jsonl")))
+            write_report(run_dir)
+            farewell(complete, run_dir)
+
+
+def run_sft(config: SftRun) -> None:
+    from megatron_rl.algorithms.loss import sft_loss
+    from megatron_rl.loops import sft
+
+    started = time.monotonic()
+    run_dir = Path(config.run.dir)
+    with ExitStack() as stack:
+        stop = StopFlag().install()
+        core = policy_parts(config, run_dir, stack)
+        data = config.data
+        stages = [(read_sft(s.data, core.tokenizer, config.max_tokens, data.chat_template), s.steps) for s in data.stages]
+        examples = SftStream(stages, config.batch_size, config.run.seed)
+        parts = sft.SftParts(core.ranks, core.policy, sft_loss, examples, core.store, core.tracker, core.ranks.device, stop)
+        complete = sft.train(config, parts)
+        if core.ranks.rank == 0:
+            write_summary(run_dir, {"sft_steps": config.run.steps, "seconds_sft": round(time.monotonic() - started, 1)})
+            farewell(complete, run_dir)
+
+
+def run_eval(config: EvalRun) -> None:
+    out, checkpoint = Path(config.out), Path(config.checkpoint)
+    if not (checkpoint / "config.json").is_file():
+        raise UserError(f"checkpoint={checkpoint}: no Hugging Face checkpoint there (config.json is missing)", exit_code=1)
+    with ExitStack() as stack:
+        stack.enter_context(rundir.owned("out", out))
+        set_up_logging(0)
+        tokenizer = load_tokenizer(config.data.tokenizer or checkpoint)
+        prompts = read_prompts(config.data.eval, tokenizer, config.max_prompt_tokens, config.data.chat_template)
+        rewards = RewardPool(config.reward.workers, config.reward.timeout_s, tokenizer.decode)
+        stack.callback(rewards.close)
+        length = config.max_prompt_tokens + config.max_response_tokens
+        engines = sglang_engines(config.engine, checkpoint, out, length, config.seed, stack)
+        engines.start()
+        evaluator = Evaluator(
+            config=config.eval,
+            prompts=prompts[: config.eval.prompts],
+            sampling=sampling_params(1.0, config.max_response_tokens, tokenizer),
+            engines=engines,
+            rewards=rewards,
+            encode=tokenizer.encode,
+            decode=tokenizer.decode,
+            runner=stack.enter_context(asyncio.Runner()),
+        )
+        metrics = evaluator.metrics(out / "responses.jsonl")
+    write_summary(out, metrics | {"checkpoint": str(checkpoint), "prompts": len(evaluator.prompts)})
+    for name, value in metrics.items():
+        print(f"{name:28} {value:.4g}")
+
+
+RUN: dict[type, Callable[[Any], None]] = {RlRun: run_rl, SftRun: run_sft, EvalRun: run_eval}
+
+
+@dataclass(frozen=True)
+class PolicyParts:
+    """What RL and SFT share."""
+
+    ranks: MegatronRanks
+    policy: MegatronPolicy
+    resharder: Resharder
+    store: CheckpointStore
+    tracker: Tracker
+    tokenizer: Tokenizer
+
+
+def policy_parts(config: RlRun | SftRun, run_dir: Path, stack: ExitStack) -> PolicyParts:
+    from megatron_rl.checkpoint.store import CheckpointStore
+    from megatron_rl.policy import MegatronPolicy, MegatronRanks
+    from megatron_rl.resharding.execute import Resharder
+    from megatron_rl.resharding.hf import export_hf, hf_config, load_hf
+
+    rundir.make("run.dir", run_dir)
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    if tokenizer.vocab_size > config.model.vocab_size:
+        raise UserError(f"model.vocab_size={config.model.vocab_size}: {config.data.tokenizer} has {tokenizer.vocab_size} tokens")
+    ranks = MegatronRanks(config.parallel, config.model, config.run.seed)
+    stack.callback(ranks.close)
+    set_up_logging(ranks.rank)
+    if ranks.rank == 0:
+        stack.enter_context(rundir.owned("run.dir", run_dir))
+        rundir.record(run_dir, config)
+    start = config.model.init_from
+    policy = MegatronPolicy(
+        config.model,
+        config.parallel,
+        config.optimizer,
+        total_steps=config.run.steps,
+        seed=config.run.seed,
+        ranks=ranks,
+        load=(lambda weights: load_hf(Path(start), weights, config.model, config.parallel, ranks.rank)) if start else None,
+        with_reference=isinstance(config, RlRun) and config.algorithm.kl_weight > 0,
+    )
+    resharder = Resharder(config.model, config.parallel, policy.weights, ranks, EXPORT_BUCKET_BYTES)
+    facts = hf_config(config.model, dtype=str(policy.dtype).removeprefix("torch."), **special_tokens(tokenizer))
+
+    def export(path: Path) -> None:
+        with TemporaryDirectory() as folder:
+            files = export_hf_tokenizer(tokenizer, folder) if ranks.rank == 0 else []
+            export_hf(resharder, path, ranks.rank, facts, files)
+
+    store = CheckpointStore(run_dir / "checkpoints", policy, ranks, config.checkpoint.keep, export)
+    tracker: Tracker = RunTracker(run_dir, config.track) if ranks.rank == 0 else NullTracker()
+    stack.callback(tracker.close)
+    return PolicyParts(ranks, policy, resharder, store, tracker, tokenizer)
+
+
+def rl_parts(config: RlRun, run_dir: Path, core: PolicyParts, stop: StopFlag, stack: ExitStack) -> RlParts:
+    from megatron_rl.algorithms.loss import policy_loss
+    from megatron_rl.engine.weights import EngineWeights
+    from megatron_rl.loops.conductor import Conductor
+    from megatron_rl.loops.rl import RlParts
+    from megatron_rl.resharding.execute import PushToEngines, Resharder
+    from megatron_rl.scheduler.messages import Settings
+
+    rollout, algorithm = config.rollout, config.algorithm
+    conductor = engines = evaluator = sink = None
+    if core.ranks.rank == 0:
+        tokenizer = core.tokenizer
+        prompts = read_prompts(config.data.train, tokenizer, rollout.max_prompt_tokens, config.data.chat_template)
+        rewards = RewardPool(config.reward.workers, config.reward.timeout_s, tokenizer.decode)
+        stack.callback(rewards.close)
+        runner = stack.enter_context(asyncio.Runner())
+        shape = architecture_only(config, run_dir, tokenizer)
+        engines = sglang_engines(config.engine, shape, run_dir, config.model.max_position_embeddings, config.run.seed, stack)
+        sink = EngineWeights(engines, config.engine.tp, config.engine.sync.timeout_s)
+        sampling = sampling_params(rollout.temperature, rollout.max_response_tokens, tokenizer, rollout.top_p, rollout.top_k)
+        settings = Settings(
+            token_budget=rollout.token_budget,
+            pool_capacity=rollout.pool_capacity,
+            group_size=rollout.group_size,
+            retention_bound=rollout.sigma,
+            budget_counts=rollout.budget_counts,
+            on_stale=rollout.on_stale,
+            policy=rollout.scheduler,
+        )
+        stream = PromptStream(prompts, config.run.seed, config.data.shuffle)
+        conductor = Conductor(settings, sampling, engines, rewards, stream, stop, runner, rollout.timeout_s)
+        if config.data.eval:
+            held_out = read_prompts(config.data.eval, tokenizer, rollout.max_prompt_tokens, config.data.chat_template)
+            evaluator = Evaluator(
+                config.eval, held_out[: config.eval.prompts], sampling, engines, rewards, tokenizer.encode, tokenizer.decode, runner
+            )
+    bucket_bytes = int(config.engine.sync.bucket_mb * 2**20)
+    resharder = Resharder(config.model, config.parallel, core.policy.weights, core.ranks, bucket_bytes)
+    loss = policy_loss(
+        correction=algorithm.correction.kind,
+        low=algorithm.correction.low,
+        high=algorithm.correction.high,
+        clip_low=algorithm.clip_low,
+        clip_high=algorithm.clip_high,
+        kl_weight=algorithm.kl_weight,
+        entropy_weight=algorithm.entropy_weight,
+        old_logprobs=algorithm.old_logprobs,
+    )
+    return RlParts(
+        ranks=core.ranks,
+        policy=core.policy,
+        loss=loss,
+        sync=PushToEngines(resharder, sink),
+        store=core.store,
+        tracker=core.tracker,
+        device=core.ranks.device,
+        conductor=conductor,
+        engines=engines,
+        evaluator=evaluator,
+    )
+
+
+def architecture_only(config: RlRun, run_dir: Path, tokenizer: Tokenizer) -> Path:
+    """A checkpoint without weights: engines start from it at once, since the first push brings them everything."""
+    from megatron_rl.resharding.hf import hf_config
+
+    path = run_dir / "engines" / "model"
+    path.mkdir(parents=True, exist_ok=True)
+    facts = hf_config(config.model, dtype="float32", **special_tokens(tokenizer))
+    (path / "config.json").write_text(json.dumps(facts, indent=1))
+    return path
+
+
+def sglang_engines(
+    config: EngineConfig, model: Path, run_dir: Path, context_length: int, seed: int, stack: ExitStack
+) -> SglangEngines:
+    from megatron_rl.engine.launcher import SglangEngines
+
+    if not list(model.glob("*.safetensors")):
+        config = config.model_copy(update={"server_args": {"load_format": "dummy"} | config.server_args})
+    engines = SglangEngines(config, str(model), run_dir, context_length, seed)
+    stack.callback(engines.stop)
+    return engines
+
+
+def sampling_params(
+    temperature: float, max_response_tokens: int, tokenizer: Tokenizer, top_p: float = 1.0, top_k: int = -1
+) -> SamplingParams:
+    return SamplingParams(temperature, top_p, top_k, max_response_tokens, (tokenizer.eos_id,))
+
+
+def special_tokens(tokenizer: Tokenizer) -> dict[str, int]:
+    return {"eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
+
+
+def write_summary(folder: Path, values: dict[str, Any]) -> None:
+    partial = folder / "summary.json.tmp"
+    partial.write_text(json.dumps(values, indent=2) + "\n")
+    partial.replace(folder / "summary.json")
+
+
+def farewell(complete: bool, run_dir: Path) -> None:
+    if complete:
+        log.info("done: %s", run_dir)
+    else:
+        log.info("stopped by a signal, nothing is lost: the same command goes on from %s", run_dir / "checkpoints")
