@@ -96,6 +96,7 @@ class ParallelConfig(Config):
             ("tp", model.num_attention_heads, self.tp, "model.num_attention_heads"),
             ("tp", model.num_kv_heads, self.tp, "model.num_kv_heads"),
             ("tp", model.ffn_hidden_size, self.tp, "model.ffn_hidden_size"),
+            ("tp", model.vocab_size, self.tp, "model.vocab_size"),
             ("pp", model.num_layers, self.pp * self.vpp, "model.num_layers"),
         ):
             if value % by:

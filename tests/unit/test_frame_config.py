@@ -107,8 +107,9 @@ def test_a_value_out_of_range_is_named_with_its_key(values: dict[str, Any], key:
     [
         ("model.num_kv_heads", 3, "model: num_attention_heads=4 is not divisible by num_kv_heads=3"),
         ("model.moe.num_groups", 3, "model.moe: num_experts=8 is not divisible by num_groups=3"),
-        ("model.moe.topk_groups", 5, "model.moe: topk_groups=5 is more than num_groups=4"),
-        ("model.moe.top_k", 5, "model.moe: top_k=5 is more experts than the topk_groups=2 chosen groups hold"),
+        ("model.moe.topk_groups", 5, "model.moe: topk_groups=5 is more than num_groups=2"),
+        ("model.moe.top_k", 3, "model.moe: top_k=3 is not 2 x topk_groups=1"),
+        ("model.moe.top_k", 5, "model.moe: top_k=5 is more experts than the topk_groups=1 chosen groups hold"),
         ("model.moe.first_dense_layers", 5, "model: moe.first_dense_layers=5 is more than num_layers=4"),
         ("rollout.pool_capacity", 7, "rollout: pool_capacity=7 holds no group of group_size=8"),
         ("rollout.top_k", 0, "rollout: top_k=0 leaves no token to sample; -1 means the whole vocabulary"),
