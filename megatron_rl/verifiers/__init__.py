@@ -1,0 +1,41 @@
+"""Verifiers: pure functions (response text, prompt) -> Score, found by the name a prompt carries.
+
+A verifier may take long or hang on hostile input; it holds no clock: whoever calls it can kill it (`rewards.pool`).
+Importing this package imports no verifier: their libraries take a second.
+
+Invariant: `correct` is worth more than `wrong`; what is `unparsable` is worth 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from importlib import import_module
+from typing import Any
+
+from megatron_rl.types import Prompt, Score
+
+Verifier = Callable[[str, Prompt], Score]
+
+# name -> the metadata keys a prompt must bring; the function is `verify` in the module of that name
+_METADATA: dict[str, tuple[str, ...]] = {
+    "exact": (),
+    "math": (),
+    "reasoning_gym": ("dataset", "entry"),
+}
+NAMES = tuple(_METADATA)
+
+
+def load(name: str) -> Verifier:
+    """The verifier, imported."""
+    if name not in _METADATA:
+        raise ValueError(f"unknown verifier {name!r}; known are {', '.join(NAMES)}")
+    verify: Verifier = import_module(f"{__name__}.{name}").verify
+    return verify
+
+
+def fault(name: str, metadata: Mapping[str, Any]) -> str | None:
+    """What keeps this verifier from judging a prompt with this metadata, if anything. Looks, and imports nothing."""
+    if name not in _METADATA:
+        return f"unknown verifier {name!r}; known are {', '.join(NAMES)}"
+    missing = [key for key in _METADATA[name] if key not in metadata]
+    return f"verifier {name!r} needs metadata.{missing[0]}" if missing else None

@@ -1,0 +1,172 @@
+"""Prompts for reinforcement learning: JSONL rows -> `Prompt`, and the endless stream a run draws from.
+
+A row: {"prompt": str | "messages": [{"role", "content"}, ..], "answer": str, "verifier": str, "id"?: str, "domain"?: str,
+"metadata"?: object}. Without an id the line number is one.
+
+Invariants:
+- a row is either a Prompt or a UserError that names file, line and fault;
+- a prompt that is too long is counted and left out, never cut;
+- every epoch offers every prompt exactly once, whatever was saved, loaded and given back meanwhile;
+- an epoch's order depends on (seed, epoch, prompt ids) alone;
+- a stream goes on only over the prompts and the seed it was saved with.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections import deque
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_rl import verifiers
+from megatron_rl.config.errors import UserError
+from megatron_rl.data.jsonl import field, read_jsonl, refuse_unknown
+from megatron_rl.data.order import shuffled
+from megatron_rl.data.tokenizer import Message, Tokenizer
+from megatron_rl.types import Prompt
+
+log = logging.getLogger(__name__)
+
+_KEYS = ("id", "prompt", "messages", "answer", "verifier", "domain", "metadata")
+
+
+def read_prompts(path: str | Path, tokenizer: Tokenizer, max_prompt_tokens: int, chat_template: bool = False) -> tuple[Prompt, ...]:
+    """All prompts of at most `max_prompt_tokens` tokens, in file order. With `chat_template` a plain prompt is one user message."""
+    rows = [(where, _check(row, where, chat_template)) for where, row in read_jsonl(path)]
+    texts = [_text(row, tokenizer, chat_template) for _, row in rows]
+    prompts: dict[str, Prompt] = {}
+    lines: dict[str, str] = {}
+    for (where, row), text, tokens in zip(rows, texts, tokenizer.encode_many(texts), strict=True):
+        id = row.get("id", where.rpartition(":")[2])
+        if id in lines:
+            raise UserError(f"{where}: id {id!r} is already used at {lines[id]}", exit_code=1)
+        if not tokens:
+            raise UserError(f"{where}: the prompt is empty", exit_code=1)
+        lines[id] = where
+        prompts[id] = Prompt(
+            id, text, tuple(tokens), row["answer"], row["verifier"], row.get("domain", "default"), row.get("metadata", {})
+        )
+    kept = tuple(prompt for prompt in prompts.values() if len(prompt.tokens) <= max_prompt_tokens)
+    if len(kept) < len(prompts):
+        longest = max(len(prompt.tokens) for prompt in prompts.values())
+        counted = f"{len(prompts) - len(kept)} of {len(prompts)} prompts"
+        report = f"{path}: {counted} have more than {max_prompt_tokens} tokens (longest {longest})"
+        if not kept:
+            raise UserError(f"{report}; none is left", exit_code=1)
+        log.warning("%s; they are left out", report)
+    return kept
+
+
+def _check(row: dict[str, Any], where: str, chat_template: bool) -> dict[str, Any]:
+    refuse_unknown(row, _KEYS, where, hint="; anything else belongs under 'metadata'")
+    if ("prompt" in row) == ("messages" in row):
+        raise UserError(f"{where}: expected either 'prompt' or 'messages'", exit_code=1)
+    if "messages" in row:
+        _check_messages(field(row, "messages", list, where), where)
+        if not chat_template:
+            raise UserError(f"{where}: 'messages' need data.chat_template=true", exit_code=1)
+    for key in ("prompt", "id", "domain"):
+        if key in row:
+            field(row, key, str, where)
+    field(row, "answer", str, where)
+    metadata = field(row, "metadata", dict, where) if "metadata" in row else {}
+    fault = verifiers.fault(field(row, "verifier", str, where), metadata)
+    if fault:
+        raise UserError(f"{where}: {fault}", exit_code=1)
+    return row
+
+
+def _check_messages(messages: list[Any], where: str) -> None:
+    if not messages:
+        raise UserError(f"{where}: 'messages' is empty", exit_code=1)
+    for i, message in enumerate(messages):
+        spot = f"{where}: messages[{i}]"
+        if not isinstance(message, dict):
+            raise UserError(f"{spot} must be an object with 'role' and 'content'", exit_code=1)
+        refuse_unknown(message, ("role", "content"), spot)
+        field(message, "role", str, spot)
+        field(message, "content", str, spot)
+
+
+def _text(row: dict[str, Any], tokenizer: Tokenizer, chat_template: bool) -> str:
+    if not chat_template:
+        return str(row["prompt"])
+    messages: list[Message] = row["messages"] if "messages" in row else [{"role": "user", "content": row["prompt"]}]
+    return tokenizer.apply_chat(messages)
+
+
+def fingerprint(prompts: Sequence[Prompt]) -> str:
+    """Of everything a prompt is, tokens included, in any file order."""
+    digest = hashlib.sha256()
+    for prompt in sorted(prompts, key=lambda prompt: prompt.id):
+        fields = (prompt.id, prompt.tokens, prompt.answer, prompt.verifier, prompt.domain, prompt.metadata)
+        digest.update(json.dumps(fields, sort_keys=True).encode())
+    return digest.hexdigest()[:16]
+
+
+class PromptStream:
+    """ports.Prompts over a fixed set of prompts."""
+
+    def __init__(self, prompts: Sequence[Prompt], seed: int, shuffle: bool = True) -> None:
+        self._prompts = {prompt.id: prompt for prompt in prompts}
+        if not prompts or len(self._prompts) < len(prompts):
+            raise ValueError(f"{len(prompts)} prompts with {len(self._prompts)} different ids")
+        self._ids = list(self._prompts)
+        self._seed = seed
+        self._shuffle = shuffle
+        self._fingerprint = fingerprint(prompts)
+        self._given_back: deque[str] = deque()
+        self._start(epoch=0, position=0)
+
+    def take(self) -> tuple[str, Prompt]:
+        if self._given_back:
+            group_id = self._given_back.popleft()
+            return group_id, self._prompts[group_id.partition(":")[2]]
+        if self._position == len(self._order):
+            self._start(self._epoch + 1, position=0)
+        id = self._order[self._position]
+        self._position += 1
+        return f"{self._epoch}:{id}", self._prompts[id]
+
+    def give_back(self, group_id: str) -> None:
+        """The group was dropped before it trained: offer its prompt again, next, under the same group id."""
+        if group_id in self._given_back or not self._was_taken(group_id):
+            raise ValueError(f"group {group_id} was not taken from this stream")
+        self._given_back.append(group_id)
+
+    def _was_taken(self, group_id: str) -> bool:
+        epoch, _, id = group_id.partition(":")
+        if not epoch.isdecimal() or id not in self._prompts:
+            return False
+        return int(epoch) < self._epoch or (int(epoch) == self._epoch and id in self._order[: self._position])
+
+    def _start(self, epoch: int, position: int) -> None:
+        self._epoch = epoch
+        self._position = position
+        order = shuffled(self._ids, self._seed, epoch) if self._shuffle else range(len(self._ids))
+        self._order = [self._ids[i] for i in order]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "epoch": self._epoch,
+            "position": self._position,
+            "given_back": list(self._given_back),
+            "seed": self._seed,
+            "shuffle": self._shuffle,
+            "fingerprint": self._fingerprint,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        for key, name, now in (("seed", "run.seed", self._seed), ("shuffle", "data.shuffle", self._shuffle)):
+            if state[key] != now:
+                raise UserError(f"{name}={now}: the checkpoint was made with {state[key]}; its prompts would come in another order")
+        if state["fingerprint"] != self._fingerprint:
+            raise UserError(
+                "data.train: the prompts (or the tokenizer or rollout.max_prompt_tokens) are not those of the checkpoint "
+                f"(fingerprint {self._fingerprint}, checkpoint {state['fingerprint']}); start a new run.dir"
+            )
+        self._start(state["epoch"], state["position"])
+        self._given_back = deque(state["given_back"])
