@@ -139,7 +139,10 @@ def _why(building: Path, error: BaseException) -> str:
         (building / "probe").write_bytes(bytes(1 << 20))
     except OSError as reason:
         return str(reason.strerror)
-    return str(error)
+    if isinstance(error, CheckpointException):
+        rank, (first, _) = next(iter(error.failures.items()))
+        return f"rank {rank}: {first}".splitlines()[0]
+    return str(error).splitlines()[0]
 
 
 def _fsync(path: Path) -> None:

@@ -14,7 +14,7 @@ Invariants:
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -46,7 +46,7 @@ def sharded_state(policy: Trainable, *, loading: bool, rng: bool = True) -> dict
     state = {f"model{i}": model.sharded_state_dict(metadata=metadata) for i, model in enumerate(_models(policy))}
     model_shards = dict(state)
     for i, part in enumerate(_optimizers(policy)):
-        _ensure_moments(part)
+        _ensure_state(part)
         if isinstance(part, DistributedOptimizer):
             state[f"optimizer{i}"] = part.sharded_param_state_fully_reshardable(model_shards, loading, metadata)
         else:
@@ -57,7 +57,7 @@ def sharded_state(policy: Trainable, *, loading: bool, rng: bool = True) -> dict
     if rng:
         state["rng"] = ShardedObject("rng", _rng_state(), (dist.get_world_size(),), (dist.get_rank(),), replica_id=0)
     if not loading:
-        state |= {"updates": policy.updates, "adam_step": _adam_step(policy)}
+        state |= {"updates": policy.updates, "adam_step": _adam_step(_optimizers(policy))}
     return state
 
 
@@ -124,14 +124,14 @@ def _plain_state(part: Any, model_shards: dict[str, Any]) -> Iterator[tuple[Any,
             yield shard, {"param": main} | {name: part.optimizer.state[main][name] for name in MOMENTS}
 
 
-def _ensure_moments(part: Any) -> None:
-    """Adam makes its state in the first step; zeros are what it starts from."""
-    for group in part.optimizer.param_groups:
-        for param in group["params"]:
-            state = part.optimizer.state[param]
-            for name in MOMENTS:
-                if name not in state:
-                    state[name] = torch.zeros_like(param, dtype=torch.float32)
+def _ensure_state(part: Any) -> None:
+    """Adam makes its state in the first step; before it, zeros are that state."""
+    params = [param for group in part.optimizer.param_groups for param in group["params"]]
+    new = [param for param in params if not part.optimizer.state[param]]
+    for param in new:
+        part.optimizer.state[param] = {name: torch.zeros_like(param, dtype=torch.float32) for name in MOMENTS}
+    if new:
+        _set_adam_step(part, _adam_step([part]))
 
 
 def _without_steps(part: Any) -> None:
@@ -139,10 +139,10 @@ def _without_steps(part: Any) -> None:
         state.pop("step", None)
 
 
-def _adam_step(policy: Trainable) -> int:
+def _adam_step(parts: Iterable[Any]) -> int:
     """torch keeps the step per parameter, Transformer Engine and Apex per group."""
     steps = {0}
-    for part in _optimizers(policy):
+    for part in parts:
         steps |= {int(entry["step"]) for entry in (*part.optimizer.state.values(), *part.optimizer.param_groups) if "step" in entry}
     return max(steps)
 
