@@ -23,14 +23,15 @@ from megatron_rl.algorithms.correction import CorrectionKind, correction_weights
 TokenLoss = Callable[[torch.Tensor, torch.Tensor, PackedBatch], LossOutput]
 # exp overflows float32 at 88, and min(inf A, clipped) still sends inf x 0 = NaN backwards; far outside of any clip range.
 LOG_RATIO_LIMIT = 20.0
-MEANS = {
-    "mismatch/masked": "mismatch/masked_fraction",
-    "mismatch/logprob_gap_sum": "mismatch/logprob_gap_mean",
-    "policy/clipped": "policy/clip_fraction",
-    "policy/entropy_sum": "policy/entropy",
-    "policy/kl_old_new_sum": "policy/kl_old_new",
-    "policy/old_logprob_sum": "policy/old_logprob",
-    "sft/nll_sum": "sft/nll",
+MEANS = {  # a sum over tokens -> (the metric, the sum that counts these tokens)
+    "mismatch/masked": ("mismatch/masked_fraction", "tokens"),
+    "mismatch/logprob_gap_sum": ("mismatch/logprob_gap_mean", "mismatch/fresh_tokens"),
+    "mismatch/stale_gap_sum": ("mismatch/stale_gap_mean", "mismatch/stale_tokens"),
+    "policy/clipped": ("policy/clip_fraction", "tokens"),
+    "policy/entropy_sum": ("policy/entropy", "tokens"),
+    "policy/kl_old_new_sum": ("policy/kl_old_new", "tokens"),
+    "policy/old_logprob_sum": ("policy/old_logprob", "tokens"),
+    "sft/nll_sum": ("sft/nll", "tokens"),
 }
 
 
@@ -50,8 +51,11 @@ def policy_loss(
         - sum_t weight (M(k) min(r A, clip(r, 1 - clip_low, 1 + clip_high) A) - kl_weight KL(new || ref) + entropy_weight H)
 
     with r = exp(new - old), k = exp(old - engine), KL by the k3 estimator, A and weight per token. Reads the fields advantages,
-    engine_logprobs, weight; old_logprobs unless they are to be reused (then old = new, detached: r = 1, its gradient kept);
+    engine_logprobs, weight, fresh; old_logprobs unless they are to be reused (then old = new, detached: r = 1, its gradient kept);
     ref_logprobs if kl_weight > 0. Log-probs in nats.
+
+    |engine - old| is logged apart for tokens that the present weights sampled (`fresh` = 1: the gap between trainer and engine,
+    which ought to be rounding) and for those carried over from earlier weights (`fresh` = 0: staleness on top).
     """
 
     def loss(new_logprobs_T: torch.Tensor, entropy_T: torch.Tensor, batch: PackedBatch) -> LossOutput:
@@ -79,17 +83,23 @@ def policy_loss(
         gap_T = (engine_T - old_T).abs()
         finite_T = torch.isfinite(gap_T)
         gap_T = torch.where(finite_T, gap_T, 0.0)
+        fresh_T = inside(batch.fields["fresh"]) > 0
+        fresh_gap_T = torch.where(fresh_T, gap_T, 0.0)
         sums = terms | {
             "tokens": _count(mask_T, new_logprobs_T),
             "mismatch/masked": _count(mask_T & ~used_T, new_logprobs_T),
-            "mismatch/logprob_gap_sum": gap_T.sum(),
+            "mismatch/logprob_gap_sum": fresh_gap_T.sum(),
+            "mismatch/fresh_tokens": _count(fresh_T, new_logprobs_T),
+            "mismatch/stale_gap_sum": (gap_T - fresh_gap_T).sum(),
+            "mismatch/stale_tokens": _count(mask_T & ~fresh_T, new_logprobs_T),
             "mismatch/nonfinite": _count(~finite_T, new_logprobs_T),
             "policy/clipped": _count(plain_T > clipped_T, new_logprobs_T),
             "policy/entropy_sum": entropy_T.sum(),
             "policy/kl_old_new_sum": _k3(log_ratio_T).sum(),
             "policy/old_logprob_sum": torch.where(finite_T, old_T, 0.0).sum(),
         }
-        return _output(terms, sums, {"mismatch/logprob_gap_max": gap_T.max()})
+        maxima = {"mismatch/logprob_gap_max": fresh_gap_T.max(), "mismatch/stale_gap_max": (gap_T - fresh_gap_T).max()}
+        return _output(terms, sums, maxima)
 
     return loss
 
@@ -108,12 +118,12 @@ def sft_loss(new_logprobs_T: torch.Tensor, entropy_T: torch.Tensor, batch: Packe
 
 
 def summarise(totals: Mapping[str, float]) -> dict[str, float]:
-    """From sums and maxima over all tokens of all replicas to the step's metrics: token sums become means, `loss/total` is added,
-    other names stay. Raises ValueError when no token was trained on."""
-    tokens = totals["tokens"]
-    if tokens < 1:
+    """From sums and maxima over all tokens of all replicas to the step's metrics: token sums become means (0 over no token),
+    `loss/total` is added, other names stay. Raises ValueError when no token was trained on."""
+    if totals["tokens"] < 1:
         raise ValueError("no token inside any loss mask")
-    metrics = {MEANS.get(name, name): value / tokens if name in MEANS else value for name, value in totals.items()}
+    metrics = {name: value for name, value in totals.items() if name not in MEANS}
+    metrics |= {metric: totals[name] / max(totals[count], 1) for name, (metric, count) in MEANS.items() if name in totals}
     metrics["policy/tokens"] = metrics.pop("tokens")
     metrics["loss/total"] = sum(value for name, value in totals.items() if name.startswith("loss/"))
     return metrics

@@ -57,9 +57,14 @@ def advantages(group: Group, method: AdvantageMethod) -> list[float]:
 
 
 def rl_sequences(
-    groups: Sequence[Group], *, advantage: AdvantageMethod, aggregation: AggregationMethod, train_token_budget: int | None
+    groups: Sequence[Group],
+    version: int,
+    *,
+    advantage: AdvantageMethod,
+    aggregation: AggregationMethod,
+    train_token_budget: int | None,
 ) -> list[TrainSequence]:
-    """Advantages over whole groups first, then the budget's truncation (C3PO, arXiv 2506.14731 section 3.2)."""
+    """`version`: of the weights under training. Advantages over whole groups first, then the budget's truncation (C3PO, arXiv 2506.14731 section 3.2)."""
     rollouts = [(rollout, index) for index, group in enumerate(groups) for rollout in group.rollouts]
     if not rollouts:
         return []
@@ -73,6 +78,7 @@ def rl_sequences(
         fields = {
             "advantages": torch.full((kept,), value),
             "engine_logprobs": torch.tensor(rollout.engine_logprobs[:kept]),
+            "fresh": torch.tensor([float(v == version) for v in rollout.versions[:kept]]),
             "weight": torch.full((kept,), weight),
         }
         sequences.append(TrainSequence(rollout.prompt.tokens, rollout.tokens[:kept], fields))

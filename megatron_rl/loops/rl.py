@@ -70,6 +70,7 @@ def train(config: RlRun, parts: RlParts) -> bool:
         )
         sequences = batches.rl_sequences(
             trained,
+            step,
             advantage=config.algorithm.advantage,
             aggregation=config.algorithm.aggregation,
             train_token_budget=config.algorithm.train_token_budget,

@@ -18,7 +18,7 @@ FULL = policy_loss(clip_low=0.2, clip_high=0.3, kl_weight=0.1, entropy_weight=0.
 
 
 def packed(lengths: list[int], mask: list[float], **fields: list[float] | torch.Tensor) -> PackedBatch:
-    values = {name: torch.as_tensor(value) for name, value in fields.items()}
+    values = {"fresh": torch.ones(len(mask))} | {name: torch.as_tensor(value) for name, value in fields.items()}
     return PackedBatch(
         tokens_T=torch.zeros(len(mask), dtype=torch.int64),
         cu_seqlens=torch.tensor([0, *lengths]).cumsum(0).to(torch.int32),
@@ -47,6 +47,7 @@ def hand_batch() -> tuple[torch.Tensor, torch.Tensor, PackedBatch]:
         ref_logprobs=[math.nan, *map(LOG, new[:-1]), LOG(0.5)],  # equal to new, but 2 x new at the last token
         advantages=[math.nan, 1.0, 1.0, -2.0, -2.0, 4.0],
         weight=[math.nan, 0.1, 0.1, 0.1, 0.2, 0.2],
+        fresh=[math.nan, 1.0, 1.0, 1.0, 1.0, 0.0],
     )
     new_T = torch.tensor([math.nan, *map(LOG, new)], requires_grad=True)
     entropy_T = torch.tensor([math.nan, 1.0, 2.0, 0.0, 0.0, 1.0], requires_grad=True)
@@ -69,7 +70,10 @@ def test_policy_loss_by_hand() -> None:
         "loss/entropy": entropy,
         "tokens": 5.0,
         "mismatch/masked": 1.0,
-        "mismatch/logprob_gap_sum": LOG(2) + LOG(2.5) + 0 + 0 + LOG(2),
+        "mismatch/logprob_gap_sum": LOG(2) + LOG(2.5) + 0 + 0,
+        "mismatch/fresh_tokens": 4.0,
+        "mismatch/stale_gap_sum": LOG(2),
+        "mismatch/stale_tokens": 1.0,
         "mismatch/nonfinite": 0.0,
         "policy/clipped": 2.0,  # tokens 1 and 4; 2 would be, but is masked; at 3 the minimum is the unclipped one
         "policy/entropy_sum": 4.0,
@@ -79,6 +83,7 @@ def test_policy_loss_by_hand() -> None:
     }
     assert {name: value.item() for name, value in output.sums.items()} == pytest.approx(expected, rel=1e-5, abs=1e-6)
     assert output.maxima["mismatch/logprob_gap_max"].item() == pytest.approx(LOG(2.5))
+    assert output.maxima["mismatch/stale_gap_max"].item() == pytest.approx(LOG(2))
     assert output.loss.item() == pytest.approx(policy + kl + entropy, rel=1e-5)
 
     output.loss.backward()
@@ -119,7 +124,8 @@ def test_summarise() -> None:
     totals = {name: value.item() for name, value in (output.sums | output.maxima).items()} | {"policy/grad_norm": 3.0}
     metrics = summarise(totals)
     assert metrics["mismatch/masked_fraction"] == pytest.approx(1 / 5)
-    assert metrics["mismatch/logprob_gap_mean"] == pytest.approx((2 * LOG(2) + LOG(2.5)) / 5)
+    assert metrics["mismatch/logprob_gap_mean"] == pytest.approx((LOG(2) + LOG(2.5)) / 4)
+    assert metrics["mismatch/stale_gap_mean"] == pytest.approx(LOG(2))
     assert metrics["mismatch/logprob_gap_max"] == pytest.approx(LOG(2.5))
     assert metrics["policy/clip_fraction"] == pytest.approx(2 / 5)
     assert metrics["policy/entropy"] == pytest.approx(4 / 5)

@@ -35,7 +35,7 @@ def test_members_without_a_judgement_leave_the_group() -> None:
 
 
 def test_every_field_belongs_to_its_response_token() -> None:
-    sequences = rl_sequences([group("a", [1, 0], [2, 3])], advantage="dr_grpo", aggregation="sequence", train_token_budget=None)
+    sequences = rl_sequences([group("a", [1, 0], [2, 3])], 0, advantage="dr_grpo", aggregation="sequence", train_token_budget=None)
     (batch,) = microbatches(sequences, capacity=100, replicas=1, replica=0, device=CPU)
     first = batch.tokens_T.tolist().index(7)
     starts = batch.cu_seqlens.tolist()
@@ -50,7 +50,7 @@ def test_every_field_belongs_to_its_response_token() -> None:
 
 
 def test_a_token_budget_cuts_after_the_advantages() -> None:
-    sequences = rl_sequences([group("a", [1, 0], [2, 3])], advantage="dr_grpo", aggregation="token_budget", train_token_budget=4)
+    sequences = rl_sequences([group("a", [1, 0], [2, 3])], 0, advantage="dr_grpo", aggregation="token_budget", train_token_budget=4)
     assert [len(s.response) for s in sequences] == [2, 2]
     assert [s.fields["advantages"][0].item() for s in sequences] == [0.5, -0.5]
     assert all(s.fields["weight"].tolist() == [0.25, 0.25] for s in sequences)
@@ -60,7 +60,7 @@ def test_a_token_budget_cuts_after_the_advantages() -> None:
 @pytest.mark.parametrize("capacity", [8, 20, 1000])
 def test_all_replicas_together_hold_every_token_once(replicas: int, capacity: int) -> None:
     groups = [group(f"g{i}", [1, 0], [1 + i, 9 - i]) for i in range(5)]
-    sequences = rl_sequences(groups, advantage="grpo", aggregation="token", train_token_budget=None)
+    sequences = rl_sequences(groups, 0, advantage="grpo", aggregation="token", train_token_budget=None)
     shares = [microbatches(sequences, capacity=capacity, replicas=replicas, replica=r, device=CPU) for r in range(replicas)]
     assert len({len(share) for share in shares}) == 1
     masked = sum(int(batch.loss_mask_T.sum()) for share in shares for batch in share)
@@ -70,7 +70,7 @@ def test_all_replicas_together_hold_every_token_once(replicas: int, capacity: in
 
 
 def test_fewer_sequences_than_replicas_are_filled_up_with_masked_ones() -> None:
-    sequences = rl_sequences([group("a", [1], [3])], advantage="reinforce", aggregation="token", train_token_budget=None)
+    sequences = rl_sequences([group("a", [1], [3])], 0, advantage="reinforce", aggregation="token", train_token_budget=None)
     shares = [microbatches(sequences, capacity=100, replicas=2, replica=r, device=CPU) for r in range(2)]
     assert sorted(int(share[0].loss_mask_T.sum()) for share in shares) == [0, 3]
 
