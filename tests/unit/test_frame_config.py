@@ -115,7 +115,7 @@ def test_a_value_out_of_range_is_named_with_its_key(values: dict[str, Any], key:
         ("rollout.top_k", 0, "rollout: top_k=0 leaves no token to sample; -1 means the whole vocabulary"),
         ("algorithm.correction.low", 6.0, "algorithm.correction: low=6.0 is not below high=5.0"),
         ("algorithm.aggregation", "token_budget", "algorithm: aggregation=token_budget needs train_token_budget"),
-        ("rollout.max_response_tokens", 2000, "rollout: max_prompt_tokens + max_response_tokens = 3024 is beyond"),
+        ("model.max_position_embeddings", 1279, "rollout: max_prompt_tokens + max_response_tokens = 1280 is beyond"),
         ("data.eval", None, "data.eval: null, but eval.every or eval.at_ends asks for an evaluation"),
     ],
 )
