@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from tiny_checkpoint import write_checkpoint
 
@@ -20,43 +21,40 @@ import torch, yaml
 from megatron.core import parallel_state
 from megatron_rl.config.model import ModelConfig, ParallelConfig
 from megatron_rl.policy.model import build_chunks, weights
-from megatron_rl.policy.ranks import MegatronRanks
+from megatron_rl.policy.ranks import MegatronRanks, _init_megatron
 from megatron_rl.resharding.execute import Resharder
 from megatron_rl.resharding.hf import export_hf, hf_config, load_hf
 
 if __name__ == "__main__":
     source, target = Path(sys.argv[1]), Path(sys.argv[2])
-    root = yaml.safe_load(Path(sys.argv[3]).read_text())
-    model = ModelConfig.model_validate(root)
-    ranks = MegatronRanks(ParallelConfig(), model)
-    for name, layout in json.loads(sys.argv[4]).items():
+    config, layouts = yaml.safe_load(Path(sys.argv[3]).read_text()), json.loads(sys.argv[4])
+    ranks = MegatronRanks(ParallelConfig(), ModelConfig.model_validate(config))
+    for name, layout in layouts.items():
+        model = ModelConfig.model_validate(config | {"dtype": layout.pop("dtype", "auto")})
         parallel = ParallelConfig(**layout)
         parallel_state.destroy_model_parallel()
-        parallel_state.initialize_model_parallel(
-            tensor_model_parallel_size=parallel.tp, pipeline_model_parallel_size=parallel.pp,
-            virtual_pipeline_model_parallel_size=parallel.vpp if parallel.vpp > 1 else None,
-            expert_model_parallel_size=parallel.ep, expert_tensor_parallel_size=parallel.etp,
-            create_gloo_process_groups=False,
-        )
+        _init_megatron(parallel, seed=0)
         chunks = build_chunks(model, parallel, ranks.device)
         for tensor in weights(chunks).values():
             tensor.fill_(float("nan"))
         load_hf(source, weights(chunks), model, parallel, ranks.rank)
-        config = hf_config(model, dtype="float32", eos_token_id=1, pad_token_id=0)
+        facts = hf_config(model, dtype="float32", eos_token_id=1, pad_token_id=0)
         resharder = Resharder(model, parallel, lambda: weights(chunks), ranks, 1_000_000)
-        export_hf(resharder, target / name, ranks.rank, config)
+        export_hf(resharder, target / name, ranks.rank, facts)
     print(f"rank {ranks.rank} done")
 """
 
 
-def assert_same_checkpoint(source: Path, target: Path) -> None:
+def assert_same_checkpoint(source: Path, target: Path, half: bool) -> None:
     wanted = load_file(source / "model.safetensors")
-    found: dict[str, object] = {}
+    found: dict[str, torch.Tensor] = {}
     for file in target.glob("*.safetensors"):
         found |= load_file(file)
     assert found.keys() == wanted.keys()
     for name, tensor in wanted.items():
-        assert found[name].numpy().tobytes() == tensor.numpy().tobytes(), name  # type: ignore[attr-defined]
+        dtype = torch.bfloat16 if half and not name.endswith("expert_bias") else torch.float32
+        assert found[name].dtype == dtype, name
+        assert torch.equal(found[name], tensor.to(dtype)), name
 
 
 @pytest.mark.parametrize(
@@ -68,6 +66,7 @@ def assert_same_checkpoint(source: Path, target: Path) -> None:
             {
                 "dp2": {},
                 "ep2": {"ep": 2},
+                "ep2-bf16": {"ep": 2, "dtype": "bfloat16"},
                 "tp2": {"tp": 2, "etp": 2, "sequence_parallel": True},
                 "tp2-ep2": {"tp": 2, "ep": 2, "sequence_parallel": True},
                 "pp2": {"pp": 2},
@@ -82,8 +81,8 @@ def test_round_trip_is_bitwise(
     source = write_checkpoint(tmp_path / "source", seed=11)
     output = torchrun(nproc, ROUND_TRIP, source, tmp_path / "out", repo_root / "conf/model/tiny_ling.yaml", json.dumps(layouts))
     assert output.count("done") == nproc
-    for name in layouts:
-        assert_same_checkpoint(source, tmp_path / "out" / name)
+    for name, layout in layouts.items():
+        assert_same_checkpoint(source, tmp_path / "out" / name, half="dtype" in layout)
 
 
 # The reference implementation's logits at the real tokens of a right-padded batch, from packed segments, at every layout.
