@@ -95,7 +95,9 @@ def write_hf(path: Path, config: Mapping[str, Any], files: Sequence[Path] = ()) 
             shutil.copyfile(file, building / file.name)
         (building / "config.json").write_text(json.dumps(config, indent=1) + "\n")
         _name_shards(building, shards, total)
+        mode = (building / "config.json").stat().st_mode
         for file in building.iterdir():
+            file.chmod(mode)  # safetensors makes its files readable by their owner alone
             _fsync(file)
         _fsync(building)
         _replace(building, path)

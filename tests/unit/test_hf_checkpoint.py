@@ -179,13 +179,11 @@ def test_the_prediction_layer_is_left_out_only_where_config_json_has_one(tmp_pat
     assert "model.layers.4.eh_proj.weight" in refused(checkpoint(tmp_path / "without", extra))
 
 
-def test_the_engines_tiny_checkpoint_is_ours(tmp_path: Path, repo_root: Path) -> None:
-    import yaml
-
-    model = ModelConfig.model_validate(yaml.safe_load((repo_root / "conf/model/tiny_ling.yaml").read_text()))
+def test_the_tests_tiny_checkpoint_is_ours(tmp_path: Path) -> None:
     path = write_checkpoint(tmp_path / "hf", seed=3)
-    check_config(path, model)
     theirs = json.loads((path / "config.json").read_text())
+    model = ModelConfig.model_validate(family_of(MODEL).from_hf_config(theirs) | {"init_std": theirs["initializer_range"]})
+    check_config(path, model)
     ours = hf_config(model, dtype="float32", eos_token_id=1, pad_token_id=0)
     assert {key: ours[key] for key in theirs} == theirs
     weights = load(path, ParallelConfig(), 1, 0, model)
