@@ -88,44 +88,60 @@ for layout in layouts:
 )
 
 
-def results(output: str) -> list[tuple[list[float], str]]:
-    """([grad norm of steps 2 and 3], what the rank ended with), layout after layout and rank after rank."""
+Results = list[tuple[list[float], str]]
+"""([grad norm of steps 2 and 3], what the rank ended with), rank after rank and in each layout after layout"""
+
+
+def run(nproc: int, source: str, folder: Path, repo_root: Path, layouts: list[dict[str, object]]) -> Results:
+    script = folder / "script.py"
+    script.write_text(source)
+    model = repo_root / "conf/model/tiny_ling.yaml"
+    output = run_ranks(nproc, script, [str(model), str(folder / "checkpoints"), json.dumps(layouts)])
     return [tuple(json.loads(line.split(maxsplit=1)[1])) for line in output.splitlines() if line.startswith("RESULT")]
 
 
+OTHERS = [{"tp": 2, "etp": 2, "sequence_parallel": True}, {"pp": 2, "vpp": 2}, {"ep": 2, "distributed_optimizer": False}]
+
+
 @pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory: pytest.TempPathFactory, repo_root: Path) -> tuple[Path, str]:
-    """(checkpoints, output) of a run on two ranks with EP 2 that saved at step 2 and went on."""
-    folder = tmp_path_factory.mktemp("run")
-    script = folder / "script.py"
-    script.write_text(UNINTERRUPTED)
-    output = run_ranks(2, script, [str(repo_root / "conf/model/tiny_ling.yaml"), str(folder / "checkpoints"), '[{"ep": 2}]'])
-    return folder / "checkpoints", output
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("run")
 
 
-def test_a_resumed_run_goes_on_bit_for_bit(torchrun: Callable[..., str], repo_root: Path, uninterrupted: tuple[Path, str]) -> None:
-    folder, output = uninterrupted
-    resumed = torchrun(2, RESUMED, repo_root / "conf/model/tiny_ling.yaml", folder, '[{"ep": 2}]')
-    assert len(results(output)) == 2
-    assert results(resumed) == results(output)
+@pytest.fixture(scope="module")
+def uninterrupted(folder: Path, repo_root: Path) -> Results:
+    """Two ranks with EP 2 that saved at step 2 and went on."""
+    return run(2, UNINTERRUPTED, folder, repo_root, [{"ep": 2}])
 
 
-@pytest.mark.parametrize(
-    ("nproc", "layouts"),
-    [
-        (1, [{}, {"distributed_optimizer": False}]),
-        (2, [{"tp": 2, "etp": 2, "sequence_parallel": True}, {"pp": 2, "vpp": 2}, {"ep": 2, "distributed_optimizer": False}]),
-    ],
-    ids=["one", "two"],
-)
-def test_a_run_goes_on_at_another_layout(
-    torchrun: Callable[..., str], repo_root: Path, uninterrupted: tuple[Path, str], nproc: int, layouts: list[dict[str, object]]
-) -> None:
-    folder, output = uninterrupted
-    resumed = results(torchrun(nproc, RESUMED, repo_root / "conf/model/tiny_ling.yaml", folder, json.dumps(layouts)))
-    assert len(resumed) == nproc * len(layouts)
+@pytest.fixture(scope="module")
+def resumed(folder: Path, repo_root: Path, uninterrupted: object) -> Results:
+    """Two other ranks that went on from step 2, at that layout and at others."""
+    return run(2, RESUMED, folder, repo_root, [{"ep": 2}, *OTHERS])
+
+
+def test_a_resumed_run_goes_on_bit_for_bit(uninterrupted: Results, resumed: Results) -> None:
+    assert len(uninterrupted) == 2
+    assert [resumed[0], resumed[1 + len(OTHERS)]] == uninterrupted
+
+
+def test_a_run_goes_on_at_another_layout(uninterrupted: Results, resumed: Results) -> None:
+    assert len(resumed) == 2 * (1 + len(OTHERS))
     for norms, _ in resumed:
-        assert norms == pytest.approx(results(output)[0][0], rel=1e-5)
+        assert norms == pytest.approx(uninterrupted[0][0], rel=1e-5)
+
+
+ONE_RANK = RESUMED + 'print("RESULT", json.dumps([refused(build({}, vocab_size=32, num_layers=3)[1].restore), ""]))'
+
+
+def test_one_rank_goes_on_with_either_optimizer_and_refuses_another_model(
+    folder: Path, repo_root: Path, uninterrupted: Results
+) -> None:
+    *resumed, (message, _) = run(1, ONE_RANK, folder, repo_root, [{}, {"distributed_optimizer": False}])
+    assert len(resumed) == 2
+    for norms, _ in resumed:
+        assert norms == pytest.approx(uninterrupted[0][0], rel=1e-5)
+    assert "is of another model: vocab_size=32 (there: 64), num_layers=3 (there: 4)" in message
 
 
 FAILURES = (
@@ -169,13 +185,3 @@ def test_failures_reach_every_rank_and_leave_the_older_checkpoints(
 ) -> None:
     output = torchrun(2, FAILURES, repo_root / "conf/model/tiny_ling.yaml", tmp_path / "checkpoints", '[{"ep": 2}]', timeout=90)
     assert output.count("done") == 2
-
-
-OTHER_MODEL = PREAMBLE + 'print(refused(build({}, vocab_size=32, num_layers=3)[1].restore))'
-
-
-def test_a_checkpoint_of_another_model_is_refused(
-    torchrun: Callable[..., str], repo_root: Path, uninterrupted: tuple[Path, str]
-) -> None:
-    output = torchrun(1, OTHER_MODEL, repo_root / "conf/model/tiny_ling.yaml", uninterrupted[0], "[]")
-    assert "is of another model: vocab_size=32 (there: 64), num_layers=3 (there: 4)" in output
