@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from sglang.srt.layers.moe import fused_moe_native
 from sglang.srt.models.bailing_moe import BailingMoESparseMoeBlock
-from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+from megatron_rl.engine.hooks import hook
 
 METHOD = "_forward_router_experts"
 
@@ -31,7 +32,4 @@ def register() -> None:
         raise RuntimeError(f"SGLang's BailingMoESparseMoeBlock.{METHOD} has changed: look whether cpu_experts.py is still needed")
     if "routed_scaling_factor" in inspect.getsource(fused_moe_native):
         raise RuntimeError("SGLang's fused_moe_native now knows routed_scaling_factor: cpu_experts.py would apply it twice")
-    HookRegistry.register(f"{BailingMoESparseMoeBlock.__module__}.BailingMoESparseMoeBlock.{METHOD}", scale, HookType.AFTER)
-    HookRegistry.apply_hooks()
-    if getattr(BailingMoESparseMoeBlock, METHOD) is upstream:
-        raise RuntimeError(f"SGLang's hook registry left BailingMoESparseMoeBlock.{METHOD} as it was")
+    hook(f"{BailingMoESparseMoeBlock.__module__}.BailingMoESparseMoeBlock.{METHOD}", "AFTER", scale)

@@ -38,7 +38,7 @@ class SglangEngines:
         self._config, self._model_path, self._run_dir = config, model_path, run_dir
         self._context_length, self._seed = context_length, seed
         self._device = _resolve(config.device)
-        self._api_key = config.api_key or secrets.token_urlsafe(24)
+        self._api_key = config.api_key or secrets.token_hex(16)
         self._vocab_size = _vocab_size(model_path)
         self._servers: dict[str, tuple[ServerProcess, SglangEngine]] = {}
         self._restarts = 0

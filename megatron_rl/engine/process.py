@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 from megatron_rl.engine import server
@@ -35,6 +36,7 @@ class ServerProcess:
     def __init__(self, arguments: Sequence[str], environment: Mapping[str, str], log: Path) -> None:
         self.log = log
         log.parent.mkdir(parents=True, exist_ok=True)
+        log.touch(mode=0o600)  # SGLang logs its arguments, the API key among them
         command = [sys.executable, "-P", "-m", server.__name__, *arguments]  # -P: the working directory shadows no package
         env = {**environment, server.PARENT_PID: str(os.getpid())}
         with log.open("ab") as output:
@@ -56,10 +58,11 @@ class ServerProcess:
 
     def kill(self) -> None:
         deadline = time.monotonic() + KILL_TIMEOUT_S
-        while _signal_group(self.pid, signal.SIGKILL):
-            self._process.poll()  # reap it: a zombie still counts as a member
+        while members := _living_members(self.pid):
+            with suppress(ProcessLookupError):
+                os.killpg(self.pid, signal.SIGKILL)
             if time.monotonic() > deadline:
-                raise RuntimeError(f"processes of group {self.pid} survive SIGKILL for {KILL_TIMEOUT_S:g} s")
+                raise RuntimeError(f"processes {members} survive SIGKILL for {KILL_TIMEOUT_S:g} s")
             time.sleep(0.01)
         self._process.wait()
 
@@ -79,10 +82,12 @@ def free_ports(host: str, count: int) -> list[int]:
     return [port for port, _ in zip((port for port in candidates if is_port_free(host, port)), range(count), strict=False)]
 
 
-def _signal_group(group: int, number: int) -> bool:
-    """False when the group has no member left."""
-    try:
-        os.killpg(group, number)
-    except ProcessLookupError:
-        return False
-    return True
+def _living_members(group: int) -> list[int]:
+    """Without zombies: orphans of a dead server stay until init looks at them, in a container perhaps for ever."""
+    members = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):  # it ended while we looked
+            state, _, its_group = stat.read_text().rpartition(")")[2].split()[:3]
+            if int(its_group) == group and state not in "ZX":
+                members.append(int(stat.parent.name))
+    return members

@@ -132,7 +132,7 @@ def servers_of(log: Path) -> list[int]:
 
 def test_a_killed_server_is_lost_leaves_nothing_and_comes_back(trainer: Trainer) -> None:
     processes = trainer.said("processes") or trainer.said("processes")
-    assert len(processes) >= 3  # the HTTP server, the scheduler, and what SGLang starts beside them
+    assert len(processes) >= 2  # the HTTP server and the scheduler at least
     server = processes[0]
     assert psutil.Process(server).ppid() == trainer.pid
     os.kill(server, signal.SIGKILL)  # in the middle of a generation
