@@ -16,26 +16,24 @@ from megatron_rl.types import Prompt, Score
 
 Verifier = Callable[[str, Prompt], Score]
 
-# name -> the metadata keys a prompt must bring; the function is `verify` in the module of that name
+# name -> the metadata keys a prompt must bring
 _METADATA: dict[str, tuple[str, ...]] = {
     "exact": (),
     "math": (),
     "reasoning_gym": ("dataset", "entry"),
 }
-NAMES = tuple(_METADATA)
+MODULES = {name: f"{__name__}.{name}" for name in _METADATA}  # the module holds the function, `verify`
 
 
-def load(name: str) -> Verifier:
-    """The verifier, imported."""
-    if name not in _METADATA:
-        raise ValueError(f"unknown verifier {name!r}; known are {', '.join(NAMES)}")
-    verify: Verifier = import_module(f"{__name__}.{name}").verify
+def load(module: str) -> Verifier:
+    """The verifier in a module of `MODULES`, imported."""
+    verify: Verifier = import_module(module).verify
     return verify
 
 
 def fault(name: str, metadata: Mapping[str, Any]) -> str | None:
     """What keeps this verifier from judging a prompt with this metadata, if anything. Looks, and imports nothing."""
     if name not in _METADATA:
-        return f"unknown verifier {name!r}; known are {', '.join(NAMES)}"
+        return f"unknown verifier {name!r}; known are {', '.join(_METADATA)}"
     missing = [key for key in _METADATA[name] if key not in metadata]
     return f"verifier {name!r} needs metadata.{missing[0]}" if missing else None
