@@ -22,7 +22,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from megatron_rl import __version__
 from megatron_rl.config import EvalRun, RlRun, SftRun, UserError, validate
-from megatron_rl.launcher import run_ranks, run_sweep_job
+from megatron_rl.launcher import die_with_parent, run_ranks, run_sweep_job
 
 VERBS: dict[str, type[RlRun] | type[SftRun] | type[EvalRun]] = {"rl": RlRun, "sft": SftRun, "eval": EvalRun}
 USAGE = f"""megatron_rl {__version__}: reinforcement learning with verifiable rewards for mixture-of-experts models
@@ -103,6 +103,8 @@ def run(verb: str, config: RlRun | SftRun | EvalRun) -> None:
         if not under_torchrun and config.parallel.nproc > 1:
             run_ranks(verb, overrides, config.parallel.nproc)
             return
+    if under_torchrun:
+        die_with_parent()
     from megatron_rl import assemble  # torch and Megatron are not needed to refuse a configuration
 
     assemble.RUN[type(config)](config)

@@ -27,8 +27,8 @@ from megatron_rl.loops.evaluate import Evaluator
 from megatron_rl.loops.signals import StopFlag
 from megatron_rl.observability.console import set_up_logging
 from megatron_rl.observability.report import write_report
-from megatron_rl.observability.summary import read_metrics, rl_summary
-from megatron_rl.observability.tracker import NullTracker, RunTracker
+from megatron_rl.observability.summary import read_rows, rl_summary
+from megatron_rl.observability.tracker import EVALUATIONS, METRICS, NullTracker, RunTracker
 from megatron_rl.ports import Tracker
 from megatron_rl.rewards.pool import RewardPool
 from megatron_rl.types import SamplingParams
@@ -36,7 +36,7 @@ from megatron_rl.types import SamplingParams
 if TYPE_CHECKING:
     from megatron_rl.checkpoint.store import CheckpointStore
     from megatron_rl.engine.launcher import SglangEngines
-    from megatron_rl.loops.rl import RlParts
+    from megatron_rl.loops.parts import RlParts
     from megatron_rl.policy import MegatronPolicy, MegatronRanks
     from megatron_rl.resharding.execute import Resharder
 
@@ -54,7 +54,7 @@ def run_rl(config: RlRun) -> None:
         parts = rl_parts(config, run_dir, core, stop, stack)
         complete = rl.train(config, parts)
         if core.ranks.rank == 0:
-            write_summary(run_dir, rl_summary(read_metrics(run_dir / "metrics.jsonl")))
+            write_summary(run_dir, rl_summary(*(read_rows(run_dir / name) for name in (METRICS, EVALUATIONS))))
             write_report(run_dir)
             farewell(complete, run_dir)
 
@@ -159,7 +159,9 @@ def policy_parts(config: RlRun | SftRun, run_dir: Path, stack: ExitStack) -> Pol
             export_hf(resharder, path, ranks.rank, facts, files)
 
     store = CheckpointStore(run_dir / "checkpoints", policy, ranks, config.checkpoint.keep, export)
-    tracker: Tracker = RunTracker(run_dir, config.track) if ranks.rank == 0 else NullTracker()
+    tracker: Tracker = NullTracker()
+    if ranks.rank == 0:
+        tracker = RunTracker(run_dir, steps=config.run.steps, decode=tokenizer.decode, **config.track.model_dump())
     stack.callback(tracker.close)
     return PolicyParts(ranks, policy, resharder, store, tracker, tokenizer)
 
@@ -168,7 +170,7 @@ def rl_parts(config: RlRun, run_dir: Path, core: PolicyParts, stop: StopFlag, st
     from megatron_rl.algorithms.loss import policy_loss
     from megatron_rl.engine.weights import EngineWeights
     from megatron_rl.loops.conductor import Conductor
-    from megatron_rl.loops.rl import RlParts
+    from megatron_rl.loops.parts import RlParts
     from megatron_rl.resharding.execute import PushToEngines, Resharder
     from megatron_rl.scheduler.messages import Settings
 

@@ -1,14 +1,31 @@
-"""Local ranks without a launcher of one's own: torch's elastic agent for one node, and one process per job of a sweep."""
+"""Local ranks without a launcher of one's own: torch's elastic agent for one node, and one process per job of a sweep.
+
+A signal to the agent reaches every rank as SIGTERM: they finish what they are at, save, and end. An agent that is killed takes
+its ranks with it, since torchrun's workers live in sessions of their own and would outlive it.
+"""
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 from megatron_rl.config import EvalRun, RlRun, SftRun, UserError
+
+SHUTDOWN_S = 290  # for the ranks to save after a signal; clusters give about five minutes
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+def die_with_parent() -> None:
+    """For a rank: be killed when the launcher that started it ends."""
+    parent = os.getppid()
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it ended meanwhile
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def run_ranks(verb: str, overrides: list[str], nproc: int) -> None:
@@ -23,6 +40,8 @@ def run_ranks(verb: str, overrides: list[str], nproc: int) -> None:
         min_nodes=1,
         max_nodes=1,
         nproc_per_node=nproc,
+        run_id="megatron_rl",
+        shutdown_timeout=SHUTDOWN_S,
         rdzv_backend="c10d",
         rdzv_endpoint="127.0.0.1:0",
         max_restarts=0,

@@ -5,7 +5,7 @@ Calls marked *collective* are made by every rank, in the same order; all others 
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -56,10 +56,10 @@ class Policy(Protocol):
         numbers (`decoder.layers.7.mlp.experts.local_experts.12.linear_fc1.weight`). Live storage, not copies."""
 
     def offload(self) -> None:
-        """Leave the device to the engines (a no-op where policy and engine share no device memory)."""
+        """Leave the device to the engines, unless done already (a no-op where they share no device memory)."""
 
     def onload(self) -> None:
-        """Take the device back."""
+        """Take the device back, unless done already."""
 
 
 class WeightSync(Protocol):
@@ -102,11 +102,13 @@ class Engines(Protocol):
         last words."""
 
     def recover(self) -> list[str]:
-        """Restart what died; the names restarted. They hold the weights of their start-up checkpoint until the next push."""
+        """Start what is not alive, all of them the first time; the names. They need a push before they are of use."""
 
-    def sleep(self) -> None: ...
+    def sleep(self) -> None:
+        """Give the device memory back, weights included; a sleeping engine stays asleep."""
 
-    def wake(self) -> None: ...
+    def wake(self) -> None:
+        """Take it again, without the weights; an awake engine stays awake."""
 
     def stop(self) -> None: ...
 
@@ -151,6 +153,12 @@ class Tracker(Protocol):
     def log(self, step: int, metrics: Mapping[str, float]) -> None: ...
 
     def rollouts(self, step: int, groups: Sequence[Group]) -> None: ...
+
+    def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Held-out numbers of the weights after `step` steps."""
+
+    def evaluated(self) -> Collection[int]:
+        """The steps whose evaluation is on record."""
 
     def rewind(self, step: int) -> None:
         """Forget everything after `step`: the run goes on from there."""

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import reasoning_gym
+
 from megatron_rl.data.tokenizer import train_sentencepiece
 
 TASK = {"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 2}

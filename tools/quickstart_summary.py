@@ -34,13 +34,14 @@ def main() -> None:
         sys.exit(__doc__)
     out = Path(sys.argv[1])
     summary = headline(out)
+    seconds = {name: round(summary[f"seconds_{name}"]) for name in ("setup", "sft", "rl")}
     (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     report = write_report(out)
     print(
         f"\nheld-out accuracy      SFT {summary['accuracy_sft']:.1%}  ->  RL {summary['accuracy_rl']:.1%}"
         f"\n  greedy               SFT {summary['accuracy_sft_greedy']:.1%}  ->  RL {summary['accuracy_rl_greedy']:.1%}"
         f"\n  made to work it out  SFT {summary['accuracy_sft_forced']:.1%}  ->  RL {summary['accuracy_rl_forced']:.1%}"
-        f"\nseconds                set-up {summary['seconds_setup']}, SFT {summary['seconds_sft']:.0f}, RL {summary['seconds_rl']:.0f}"
+        f"\nseconds                set-up {seconds['setup']}, SFT {seconds['sft']}, RL {seconds['rl']}"
         f"\nreport                 {report}"
     )
 

@@ -14,7 +14,7 @@ Invariants:
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any, Protocol
 
 import torch
@@ -32,7 +32,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 class Trainable(Protocol):
     """What a checkpoint holds of a policy."""
 
-    chunks: Sequence[Any]  # this rank's model chunks, wrapped in DDP or not
+    chunks: list[Any]  # this rank's model chunks, wrapped in DDP or not
     optimizer: Any  # a MegatronOptimizer
     updates: int  # optimizer steps taken; the learning rate follows from it
 

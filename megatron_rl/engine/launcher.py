@@ -53,6 +53,9 @@ class SglangEngines:
         self._launch(list(range(self._config.count)))
 
     def recover(self) -> list[str]:
+        if not self._servers:
+            self.start()
+            return [engine.name for engine in self.alive]
         restarted: list[str] = []
         for attempt in range(1, START_ATTEMPTS + 1):
             alive = {engine.name for engine in self.alive}

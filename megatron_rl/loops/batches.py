@@ -64,7 +64,8 @@ def rl_sequences(
     aggregation: AggregationMethod,
     train_token_budget: int | None,
 ) -> list[TrainSequence]:
-    """`version`: of the weights under training. Advantages over whole groups first, then the budget's truncation (C3PO, arXiv 2506.14731 section 3.2)."""
+    """Advantages over whole groups first, then the budget's truncation (C3PO, arXiv 2506.14731, section 3.2). `version` is that of
+    the weights under training."""
     rollouts = [(rollout, index) for index, group in enumerate(groups) for rollout in group.rollouts]
     if not rollouts:
         return []
@@ -95,10 +96,9 @@ class Example(Protocol):
 
 def sft_sequences(examples: Sequence[Example]) -> list[TrainSequence]:
     """Every response token of the batch weighs the same."""
-    weight = 1.0 / sum(len(example.response_tokens) for example in examples)
-    return [
-        TrainSequence(e.prompt_tokens, e.response_tokens, {"weight": torch.full((len(e.response_tokens),), weight)}) for e in examples
-    ]
+    share = 1.0 / sum(len(example.response_tokens) for example in examples)
+    weights = [torch.full((len(example.response_tokens),), share) for example in examples]
+    return [TrainSequence(e.prompt_tokens, e.response_tokens, {"weight": w}) for e, w in zip(examples, weights, strict=True)]
 
 
 def microbatches(

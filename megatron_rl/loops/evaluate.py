@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -16,12 +17,14 @@ from statistics import fmean
 
 from megatron_rl.config.run import EvalConfig
 from megatron_rl.ports import Engine, Engines, Rewards
-from megatron_rl.types import GenerateRequest, Prompt, Rollout, SamplingParams, Score
+from megatron_rl.types import EngineLost, GenerateRequest, Prompt, Rollout, SamplingParams, Score
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Evaluator:
-    """Raises EngineLost when an engine dies under it: an evaluation is repeated, not patched together."""
+    """An evaluation that loses an engine is repeated, not patched together."""
 
     config: EvalConfig
     prompts: Sequence[Prompt]
@@ -32,8 +35,16 @@ class Evaluator:
     decode: Callable[[Sequence[int]], str]
     runner: asyncio.Runner
 
+    def metrics_or_none(self) -> dict[str, float] | None:
+        """None when an engine died under it."""
+        try:
+            return self.metrics()
+        except EngineLost as error:
+            log.warning("%s during the evaluation; it starts again", error)
+            return None
+
     def metrics(self, responses: Path | None = None) -> dict[str, float]:
-        """`eval/...` numbers of every pass; with `responses`, all of them go there as JSONL."""
+        """`eval/...` numbers of every pass; with `responses`, all of them go there as JSONL. Raises EngineLost."""
         started = time.monotonic()
         sampled = replace(self.sampling, temperature=self.config.temperature)
         greedy = replace(self.sampling, temperature=0.0)

@@ -1,16 +1,15 @@
 """Reinforcement learning with verifiable rewards: one step is rollouts, advantages, update, weight push.
 
 Every rank runs this loop. Rank 0 alone has a conductor (scheduler, engines, rewards); what it decides reaches the others by
-`ranks.broadcast`. Step n generates with weights version n and ends by pushing version n + 1.
+`ranks.broadcast`. A step pushes the policy's weights into the engines, lets them generate up to the token budget, and trains on
+the groups that are complete; weights version n are those after n steps. Engines and policy take turns on the device.
 """
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -19,43 +18,24 @@ from megatron_rl.algorithms.batch import PackedBatch
 from megatron_rl.algorithms.loss import summarise
 from megatron_rl.config import RlRun
 from megatron_rl.loops import batches
-from megatron_rl.loops.conductor import Conductor, Phase
-from megatron_rl.loops.evaluate import Evaluator
+from megatron_rl.loops.conductor import Phase
+from megatron_rl.loops.parts import RlParts, hand_device_to_engines, hand_device_to_policy, push
 from megatron_rl.loops.statistics import group_metrics
-from megatron_rl.ports import Engines, Policy, Ranks, Store, TokenLoss, Tracker, WeightSync
-from megatron_rl.types import EngineLost
-
-log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class RlParts:
-    """What the loop is made of. `conductor`, `engines` and `evaluator` exist on rank 0 only."""
-
-    ranks: Ranks
-    policy: Policy
-    loss: TokenLoss
-    sync: WeightSync
-    store: Store
-    tracker: Tracker
-    device: torch.device
-    conductor: Conductor | None = None
-    engines: Engines | None = None
-    evaluator: Evaluator | None = None
 
 
 def train(config: RlRun, parts: RlParts) -> bool:
     """Run or go on until `config.run.steps`. True when complete, False when a signal ended it early (resumable)."""
-    store, tracker = parts.store, parts.tracker
     step = restore(parts)
-    if step < config.run.steps:
-        if parts.engines:
-            parts.engines.start()
-        push(parts, step)
-    if step == 0 and config.eval.at_ends:
-        tracker.log(0, evaluate(parts))
+    while True:
+        metrics: dict[str, float] = {}
+        if step < config.run.steps or evaluation_is_due(config, parts, step):
+            with timed(metrics, "time/sync_s"):
+                push(parts, step)
+        if evaluation_is_due(config, parts, step):
+            evaluate(parts, step)
+        if step >= config.run.steps:
+            break
 
-    while step < config.run.steps:
         started = time.monotonic()
         phase = roll_out(config, parts, step)
         if phase.status == "stopped":
@@ -75,45 +55,39 @@ def train(config: RlRun, parts: RlParts) -> bool:
             aggregation=config.algorithm.aggregation,
             train_token_budget=config.algorithm.train_token_budget,
         )
-        metrics = dict(phase.metrics) | group_metrics(phase.groups, trained, step)
+        metrics |= dict(phase.metrics) | group_metrics(phase.groups, trained, step)
         with timed(metrics, "time/train_s"):
             metrics |= update(config, parts, sequences)
 
         step += 1
-        with timed(metrics, "time/sync_s"):
-            push(parts, step)
-        last = step == config.run.steps
-        if (config.eval.every and step % config.eval.every == 0) or (last and config.eval.at_ends):
-            metrics |= evaluate(parts)
-        metrics["time/step_s"] = time.monotonic() - started
-        tracker.log(step, metrics)
-        tracker.rollouts(step, phase.groups)
-        if last or (config.checkpoint.every and step % config.checkpoint.every == 0):
+        metrics["time/step_s"] = time.monotonic() - started + metrics["time/sync_s"]
+        parts.tracker.log(step, metrics)
+        parts.tracker.rollouts(step, phase.groups)
+        if step == config.run.steps or (config.checkpoint.every and step % config.checkpoint.every == 0):
             save(parts, step)
 
     if config.checkpoint.export_hf:
-        store.export_hf(Path(config.run.dir) / "hf")
+        hand_device_to_policy(parts)
+        parts.store.export_hf(Path(config.run.dir) / "hf")
     return True
 
 
 def roll_out(config: RlRun, parts: RlParts, step: int) -> Phase:
     """*Collective*: one rollout phase, however often engines have to be brought back in it."""
     while True:
+        hand_device_to_engines(parts)
         phase = parts.conductor.phase(step, config.algorithm.train_token_budget) if parts.conductor else None
         phase = parts.ranks.broadcast(phase, f"the rollout phase of step {step + 1}")
         if phase.status != "no_engine":
-            break
+            return phase
         push(parts, step)
-    if parts.engines:
-        parts.engines.sleep()
-    parts.policy.onload()
-    return phase
 
 
 def update(config: RlRun, parts: RlParts, sequences: list[batches.TrainSequence]) -> dict[str, float]:
     """*Collective*: `updates_per_step` optimizer steps on one phase's sequences, against the same old log-probs."""
     if not sequences:
         return {"policy/updates": 0.0}
+    hand_device_to_policy(parts)
     algorithm, policy, ranks = config.algorithm, parts.policy, parts.ranks
     temperature = config.rollout.temperature or 1.0  # a greedy engine reports log-probs at temperature 1
     share = batches.microbatches(
@@ -138,28 +112,29 @@ def add_field(share: list[PackedBatch], name: str, values: list[torch.Tensor]) -
         batch.fields[name] = value_T
 
 
-def push(parts: RlParts, version: int) -> None:
-    """*Collective*: every engine alive, awake and on weights `version`; then the policy leaves the device to them."""
+def evaluation_is_due(config: RlRun, parts: RlParts, step: int) -> bool:
+    """*Collective*: by the configuration, and not on record already (of a run that was killed after it)."""
+    at_end = config.eval.at_ends and step in (0, config.run.steps)
+    if not at_end and not (config.eval.every and step > 0 and step % config.eval.every == 0):
+        return False
+    return not parts.ranks.broadcast(step in parts.tracker.evaluated(), "the evaluations on record")
+
+
+def evaluate(parts: RlParts, step: int) -> None:
+    """*Collective*: the held-out prompts under the weights pushed last; from the start again if an engine dies under it."""
     while True:
-        if parts.engines:
-            parts.engines.recover()
-            parts.engines.wake()
-        try:
-            parts.sync.push(version)
-            break
-        except EngineLost as error:
-            log.warning("%s while taking weights %d; pushing again", error, version)
-    parts.policy.offload()
-
-
-def evaluate(parts: RlParts) -> dict[str, float]:
-    """*Collective*: the held-out prompts under the weights pushed last."""
-    metrics = parts.evaluator.metrics() if parts.evaluator else None
-    return parts.ranks.broadcast(metrics, "the evaluation")
+        hand_device_to_engines(parts)
+        metrics = parts.evaluator.metrics_or_none() if parts.evaluator else None
+        metrics = parts.ranks.broadcast(metrics, "the evaluation")
+        if metrics is not None:
+            parts.tracker.evaluation(step, metrics)
+            return
+        push(parts, step)
 
 
 def save(parts: RlParts, step: int) -> None:
     """*Collective*: all that the run needs to go on from here, in one commit."""
+    hand_device_to_policy(parts)
     parts.store.save(step, parts.conductor.state_dict() if parts.conductor else {})
 
 

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The complete lines of a metrics.jsonl, in order."""
-    rows = []
-    for line in path.read_text().splitlines():
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The complete lines of a JSONL file, in order; none of an absent one."""
+    rows: list[dict[str, Any]] = []
+    for line in path.read_text().splitlines() if path.exists() else ():
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError:  # a line torn by a crash is the last one
@@ -19,24 +19,22 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def rl_summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Totals and rates over all steps; `eval_start` and `eval_end` are the first and last evaluation."""
-    steps = [row for row in rows if row["step"] > 0]
-    evaluations = [{k.removeprefix("eval/"): v for k, v in row.items() if k.startswith("eval/")} for row in rows]
-    evaluations = [evaluation for evaluation in evaluations if evaluation]
+def rl_summary(steps: Sequence[Mapping[str, Any]], evaluations: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Totals and rates over all steps; `eval_start` and `eval_end` are the first and the last evaluation."""
 
     def total(name: str) -> float:
-        return sum(row.get(name, 0.0) for row in steps)
+        return float(sum(row.get(name, 0.0) for row in steps))
 
+    measured = [{key.removeprefix("eval/"): value for key, value in row.items()} for row in evaluations]
     return {
         "rl_steps": len(steps),
-        "seconds_rl": round(total("time/step_s") + rows[0].get("time/eval_s", 0.0) * (rows[0]["step"] == 0), 1) if rows else 0.0,
+        "seconds_rl": round(total("time/step_s") + sum(row["time/eval_s"] for row in evaluations), 1),
         "generated_tokens": int(total("rollout/generated_tokens")),
         "trained_tokens": int(total("train/tokens")),
         "generated_tokens_per_s": round(_rate(total("rollout/generated_tokens"), total("time/rollout_s")), 1),
         "trained_tokens_per_s": round(_rate(total("train/tokens"), total("time/train_s")), 1),
-        "eval_start": evaluations[0] if evaluations else None,
-        "eval_end": evaluations[-1] if len(evaluations) > 1 else None,
+        "eval_start": measured[0] if measured else None,
+        "eval_end": measured[-1] if len(measured) > 1 else None,
     }
 
 

@@ -61,6 +61,7 @@ class MegatronPolicy:
         from megatron.core.pipeline_parallel import get_forward_backward_func
 
         self.device, self.dtype = ranks.device, dtype_of(model, ranks.device)
+        self._offloaded = False
         self.updates = 0  # optimizer steps taken; the learning rate follows from it
         self._model, self._parallel, self._optimizer_config, self._total_steps = model, parallel, optimizer, total_steps
         bare = build_chunks(model, parallel, ranks.device)
@@ -123,8 +124,9 @@ class MegatronPolicy:
         return self._totals(outputs) | step
 
     def offload(self) -> None:
-        if self.device.type == "cpu":
+        if self.device.type == "cpu" or self._offloaded:
             return
+        self._offloaded = True
         self.optimizer.offload_to_cpu()
         for chunk in self.chunks:
             for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers):
@@ -133,8 +135,9 @@ class MegatronPolicy:
         torch.cuda.empty_cache()
 
     def onload(self) -> None:
-        if self.device.type == "cpu":
+        if not self._offloaded:
             return
+        self._offloaded = False
         for chunk in self.chunks:
             for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers):
                 buffer.reload_from_cpu()
