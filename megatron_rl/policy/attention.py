@@ -4,22 +4,23 @@ Segments are sorted into buckets of similar length and every bucket is one padde
 whole microbatch, no call per segment. Padding stands behind its segment, where causality hides it. Under context parallelism keys
 and values of all ranks are gathered, and a rank's queries (two chunks of every segment) see them through a mask per bucket.
 
-The rotary embedding is applied here and not by Megatron, whose packed form (rope_utils.py:200) slices every segment in Python, for
-queries and keys, in every layer; here the angles of a microbatch are computed once, in `PackedPlan`.
+The rotary embedding is applied here, on the way into the buckets, and not by Megatron, whose packed form (rope_utils.py:200) slices
+every segment in Python, for queries and keys, in every layer; here the angles of a microbatch are computed once.
 
-Invariants: the result for a segment is that of plain causal attention over it alone, at any CP; no segment is padded to
-more than LENGTH_RATIO of its length.
+Invariants: the result for a segment is that of plain causal attention over it alone, at any CP, and so are the gradients; no
+segment is padded to more than LENGTH_RATIO of its length.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.module import MegatronModule
+from torch.autograd.function import once_differentiable
 
 from megatron_rl.policy.packed import Segments
 
@@ -36,49 +37,47 @@ class Bucket:
     mask_BQL: torch.Tensor | None  # None: plain causal
 
 
+@dataclass(frozen=True)
+class Slots:
+    """The places of all buckets, one after the other, and the R rows that go there."""
+
+    rows: torch.Tensor  # of every slot: the row it is filled from; padding takes row 0
+    padding: torch.Tensor  # the slots that belong to no row
+    slots_R: torch.Tensor  # of every row: its slot
+    angles: torch.Tensor  # of every slot: cosines and sines, (2, slots, 1, rotary_dim)
+    angles_R: torch.Tensor  # of every row
+
+
 @dataclass
 class PackedPlan(PackedSeqParams):
     """What attention needs to know about a microbatch; Megatron hands it through to the core attention."""
 
     qkv_format: str = "thd"
-    buckets: list[Bucket] = field(default_factory=list)
-    query_rows: torch.Tensor | None = None  # of every slot of all buckets: the row it is filled from
-    key_rows: torch.Tensor | None = None  # the same among the gathered rows
-    slots_R: torch.Tensor | None = None  # of every row: its query slot
-    cos_R: torch.Tensor | None = None
-    sin_R: torch.Tensor | None = None
+    buckets: Sequence[Bucket] = ()
+    queries: Slots | None = None  # rows are this rank's
+    keys: Slots | None = None  # rows are those of all CP ranks, one after the other
 
 
 def make_plan(segments: Segments, rotary_dim: int, rotary_base: float) -> PackedPlan:
     device, cp = segments.positions_R.device, segments.cp
     starts_S = segments.lengths_S.cumsum(0) - segments.lengths_S
-    buckets: list[Bucket] = []
-    query_rows, key_rows = [], []
-    slots_R = torch.empty_like(segments.positions_R)
-    offset = 0
+    own_R = torch.arange(len(segments.positions_R), device=device)
+    buckets, query_rows, key_rows = [], [], []
     for members in _buckets(segments.lengths_S.tolist()):
         members_B = torch.tensor(members, device=device)
-        lengths_B, starts_B = segments.lengths_S[members_B], starts_S[members_B]
-        keys, queries = int(lengths_B[0]), int(lengths_B[0]) // cp
-        inside_BL = torch.arange(keys, device=device) < lengths_B[:, None]
-        key_rows.append(segments.gathered_P[starts_B[:, None] + torch.arange(keys, device=device) * inside_BL].flatten())
-        inside_BQ = torch.arange(queries, device=device) < lengths_B[:, None] // cp
-        rows_BQ = starts_B[:, None] // cp + torch.arange(queries, device=device) * inside_BQ
+        starts_B, lengths_B = starts_S[members_B], segments.lengths_S[members_B]
+        rows_BQ = _padded(own_R, starts_B // cp, lengths_B // cp)
+        rows_BL = _padded(segments.gathered_P, starts_B, lengths_B)
+        mask_BQL = None
+        if cp > 1:
+            mask_BQL = segments.positions_R[rows_BQ.clamp(min=0)][:, :, None] >= torch.arange(rows_BL.size(1), device=device)
+        buckets.append(Bucket(len(members), rows_BQ.size(1), rows_BL.size(1), mask_BQL))
         query_rows.append(rows_BQ.flatten())
-        slots_R[rows_BQ[inside_BQ]] = offset + inside_BQ.flatten().nonzero().squeeze(1)
-        offset += len(members) * queries
-        mask_BQL = segments.positions_R[rows_BQ][:, :, None] >= torch.arange(keys, device=device) if cp > 1 else None
-        buckets.append(Bucket(len(members), queries, keys, mask_BQL))
+        key_rows.append(rows_BL.flatten())
     frequencies = rotary_base ** (-torch.arange(0, rotary_dim, 2, dtype=torch.float32, device=device) / rotary_dim)
-    angles_R = segments.positions_R[:, None, None].float() * frequencies  # (R, 1, rotary_dim / 2)
-    return PackedPlan(
-        buckets=buckets,
-        query_rows=torch.cat(query_rows),
-        key_rows=torch.cat(key_rows),
-        slots_R=slots_R,
-        cos_R=angles_R.cos(),
-        sin_R=angles_R.sin(),
-    )
+    queries = _slots(torch.cat(query_rows), segments.positions_R, frequencies)
+    keys = queries if cp == 1 else _slots(torch.cat(key_rows), segments.gathered_positions(), frequencies)
+    return PackedPlan(buckets=buckets, queries=queries, keys=keys)
 
 
 def for_transformer_engine(segments: Segments) -> PackedSeqParams:
@@ -106,6 +105,25 @@ def _buckets(lengths: Sequence[int]) -> list[list[int]]:
     return buckets
 
 
+def _padded(rows: torch.Tensor, starts_B: torch.Tensor, lengths_B: torch.Tensor) -> torch.Tensor:
+    """The rows of segments that begin at `starts_B` of `rows`, longest first, a line each; -1 where a segment has ended."""
+    at_L = torch.arange(int(lengths_B[0]), device=rows.device)
+    inside_BL = at_L < lengths_B[:, None]
+    return torch.where(inside_BL, rows[torch.where(inside_BL, starts_B[:, None] + at_L, 0)], -1)
+
+
+def _slots(rows: torch.Tensor, positions_R: torch.Tensor, frequencies: torch.Tensor) -> Slots:
+    filled = (rows >= 0).nonzero().squeeze(1)
+    slots_R = torch.empty_like(positions_R)
+    slots_R[rows[filled]] = filled
+    angles_R = positions_R[:, None, None] * frequencies
+    sines_R = angles_R.sin()
+    turns_R = torch.stack([angles_R.cos().repeat(1, 1, 2), torch.cat([-sines_R, sines_R], -1)])
+    padding = (rows < 0).nonzero().squeeze(1)
+    rows = rows.clamp(min=0)
+    return Slots(rows, padding, slots_R, turns_R[:, rows], turns_R)
+
+
 class PackedAttention(MegatronModule):
     """Takes the place of Megatron's DotProductAttention, which knows neither packed sequences nor context parallelism."""
 
@@ -116,7 +134,6 @@ class PackedAttention(MegatronModule):
     def forward(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, packed_seq_params: PackedPlan, **__: Any
     ) -> torch.Tensor:
-        query, key = rotate(query, packed_seq_params), rotate(key, packed_seq_params)
         if self.cp_group.size() > 1:
             from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 
@@ -125,27 +142,19 @@ class PackedAttention(MegatronModule):
         return attend(query, key, value, packed_seq_params, self.scale)
 
 
-def rotate(x_RHD: torch.Tensor, plan: PackedPlan) -> torch.Tensor:
-    """Rotary embedding of the first dimensions, by halves (not interleaved)."""
-    assert plan.cos_R is not None and plan.sin_R is not None
-    half = plan.cos_R.size(-1)
-    cos, sin = plan.cos_R.to(x_RHD.dtype), plan.sin_R.to(x_RHD.dtype)
-    first, second, rest = x_RHD[..., :half], x_RHD[..., half : 2 * half], x_RHD[..., 2 * half :]
-    return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1)
-
-
 def attend(
-    query_RHD: torch.Tensor, key_RGD: torch.Tensor, value_RGD: torch.Tensor, plan: PackedPlan, scale: float | None
+    query_RHD: torch.Tensor, key_PGD: torch.Tensor, value_PGD: torch.Tensor, plan: PackedPlan, scale: float | None
 ) -> torch.Tensor:
-    """(R, H * D), for queries of this rank and keys and values of all CP ranks, one after the other."""
-    assert plan.query_rows is not None and plan.key_rows is not None and plan.slots_R is not None
-    queries = query_RHD.index_select(0, plan.query_rows).split([b.segments * b.queries for b in plan.buckets])
-    keys, values = (
-        x.index_select(0, plan.key_rows).split([b.segments * b.keys for b in plan.buckets]) for x in (key_RGD, value_RGD)
+    """(R, H * D), for queries of this rank and keys and values of all CP ranks, one after the other, none of them rotated."""
+    assert plan.queries and plan.keys
+    placed = (
+        _IntoSlots.apply(query_RHD, plan.queries, True).split([b.segments * b.queries for b in plan.buckets]),
+        _IntoSlots.apply(key_PGD, plan.keys, True).split([b.segments * b.keys for b in plan.buckets]),
+        _IntoSlots.apply(value_PGD, plan.keys, False).split([b.segments * b.keys for b in plan.buckets]),
     )
     outputs = []
-    for bucket, q, k, v in zip(plan.buckets, queries, keys, values, strict=True):
-        q_BHQD, k_BGLD, v_BGLD = (x.unflatten(0, (bucket.segments, -1)).transpose(1, 2) for x in (q, k, v))
+    for bucket, *qkv in zip(plan.buckets, *placed, strict=True):
+        q_BHQD, k_BGLD, v_BGLD = (x.unflatten(0, (bucket.segments, -1)).transpose(1, 2) for x in qkv)
         output_BHQD = torch.nn.functional.scaled_dot_product_attention(
             q_BHQD,
             k_BGLD,
@@ -156,4 +165,41 @@ def attend(
             enable_gqa=k_BGLD.size(1) != q_BHQD.size(1),
         )
         outputs.append(output_BHQD.transpose(1, 2).flatten(0, 1))
-    return torch.cat(outputs).index_select(0, plan.slots_R).flatten(1)
+    return _OutOfSlots.apply(torch.cat(outputs), plan.queries).flatten(1)
+
+
+class _IntoSlots(torch.autograd.Function):
+    """Padding has no gradient (what is computed for it is never read), so a row's gradient is that of its slot."""
+
+    @staticmethod
+    def forward(ctx: Any, x_RHD: torch.Tensor, slots: Slots, rotary: bool) -> torch.Tensor:
+        ctx.slots, ctx.rotary = slots, rotary
+        placed = x_RHD.index_select(0, slots.rows)
+        return _rotate_(placed, slots.angles) if rotary else placed
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        grad_RHD = grad.index_select(0, ctx.slots.slots_R)
+        return (_rotate_(grad_RHD, ctx.slots.angles_R, back=True) if ctx.rotary else grad_RHD), None, None
+
+
+class _OutOfSlots(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, placed: torch.Tensor, slots: Slots) -> torch.Tensor:
+        ctx.slots = slots
+        return placed.index_select(0, slots.slots_R)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_RHD: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return grad_RHD.index_select(0, ctx.slots.rows).index_fill_(0, ctx.slots.padding, 0.0), None
+
+
+def _rotate_(x_NHD: torch.Tensor, angles_2N1R: torch.Tensor, back: bool = False) -> torch.Tensor:
+    """In place, in the first R dimensions, by halves: dimension i turns with i + R/2 (Megatron's rotary_interleaved=False)."""
+    cos, sin = angles_2N1R.to(x_NHD.dtype)
+    turning = x_NHD[..., : cos.size(-1)]
+    partners = turning.roll(cos.size(-1) // 2, -1)
+    turning.mul_(cos).addcmul_(partners, sin, value=-1 if back else 1)
+    return x_NHD

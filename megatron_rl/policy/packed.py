@@ -31,7 +31,12 @@ class Segments:
     lengths_S: torch.Tensor  # padded, over all CP ranks
     positions_R: torch.Tensor
     gathered_P: torch.Tensor  # of every position, segment by segment: its row among those of all CP ranks, rank after rank
+    positions_P: torch.Tensor
     cp: int
+
+    def gathered_positions(self) -> torch.Tensor:
+        """Of the rows of all CP ranks, rank after rank."""
+        return torch.empty_like(self.positions_P).index_copy_(0, self.gathered_P, self.positions_P)
 
 
 @dataclass(frozen=True)
@@ -76,7 +81,7 @@ def rank_inputs(batch: PackedBatch, *, tp: int, cp: int, cp_rank: int) -> RankIn
     return RankInputs(
         input_ids_R=input_ids_R,
         successors_R=successors_R,
-        segments=Segments(padded_S, positions_R, owner_P * len(mine_R) + row_P, cp),
+        segments=Segments(padded_S, positions_R, owner_P * len(mine_R) + row_P, positions_P, cp),
         tokens_N=tokens_N,
         rows_N=rows_T[tokens_N].clamp(min=0),
         first_N=first_T[tokens_N],

@@ -11,6 +11,7 @@ machine with CUDA depends on it.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import os
 from collections.abc import Callable
@@ -18,7 +19,10 @@ from typing import Any
 
 import torch
 
+from megatron_rl.policy.norm import RmsNorm
+
 CPU = torch.device("cpu")
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # malloc.h
 _installed = False
 
 
@@ -29,9 +33,21 @@ def install() -> None:
         return
     _installed = True
     os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")  # jit.py:9 compiles small functions; on CPU that costs a C++ compiler run
+    _keep_memory()
     _redirect_cuda()
     _redirect_tensors()
     _mend_megatron()
+
+
+def _keep_memory() -> None:
+    """torch has no caching allocator for the CPU, and glibc maps every large block anew and returns it when it is freed: the kernel
+    then clears each page of each activation of each step. With blocks up to 32 MiB kept, a training step takes two thirds of
+    the time (benchmarks/policy_step.py). Can go once torch caches CPU memory by itself."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):  # glibc
+        libc.mallopt(M_MMAP_THRESHOLD, 32 * 2**20)  # the largest value that it takes
+        libc.mallopt(M_TRIM_THRESHOLD, 2**30)
+        libc.mallopt(M_TOP_PAD, 64 * 2**20)
 
 
 class _NoStream:
@@ -128,6 +144,6 @@ def _norm(cls: type, config: Any, hidden_size: int, eps: float = 1e-5, **kwargs:
     """torch_norm.py:32 refuses sequence parallelism; all it takes is the mark that has the gradients summed over TP
     (finalize_model_grads.py, `_allreduce_non_tensor_model_parallel_grads`). Can go once upstream sets the mark itself."""
     assert config.normalization == "RMSNorm", config.normalization
-    norm = torch.nn.RMSNorm(hidden_size, eps=eps)
+    norm = RmsNorm(hidden_size, eps)
     norm.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
     return norm

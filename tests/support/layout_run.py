@@ -51,6 +51,7 @@ def microbatch(seed: int) -> PackedBatch:
         fields={
             "advantages": 1.0 + 0.5 * torch.randn(total, generator=random),
             "weight": torch.full((total,), 0.01),
+            "fresh": torch.ones(total),
         },
     )
 

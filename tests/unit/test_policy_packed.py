@@ -1,0 +1,81 @@
+"""What a rank computes of a packed batch, and the way back, at every CP and TP."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from megatron_rl.algorithms.batch import PackedBatch
+from megatron_rl.policy.packed import RankInputs, rank_inputs
+
+LAYOUTS = [(tp, cp) for tp in (1, 2, 3, 4) for cp in (1, 2, 3)]
+
+
+def packed(lengths: list[int]) -> PackedBatch:
+    """Tokens 1, 2, 3 ...: 0 is padding."""
+    total = sum(lengths)
+    ends = torch.tensor([0, *lengths]).cumsum(0)
+    tokens_T = torch.arange(1, total + 1)
+    return PackedBatch(tokens_T, ends.to(torch.int32), torch.ones(total), {"value": tokens_T * 10.0})
+
+
+def ranks_of(batch: PackedBatch, tp: int, cp: int) -> list[RankInputs]:
+    return [rank_inputs(batch, tp=tp, cp=cp, cp_rank=rank) for rank in range(cp)]
+
+
+def test_without_cp_the_rows_are_the_batch() -> None:
+    batch = packed([3, 1, 2])
+    inputs = rank_inputs(batch, tp=1, cp=1, cp_rank=0)
+    assert inputs.input_ids_R.tolist() == [1, 2, 3, 4, 5, 6]
+    assert inputs.successors_R.tolist() == [2, 3, 0, 0, 6, 0]
+    assert inputs.segments.positions_R.tolist() == [0, 1, 2, 0, 0, 1]
+    assert inputs.batch is batch
+    assert inputs.tokens_of_rows(torch.tensor([0.2, 0.3, 9.0, 9.0, 0.6, 9.0])).tolist() == pytest.approx([0, 0.2, 0.3, 0, 0, 0.6])
+
+
+def test_zig_zag_by_hand() -> None:
+    """A segment of 6 over 2 ranks: 8 positions in 4 chunks of 2; rank 0 has chunks 0 and 3, rank 1 chunks 1 and 2."""
+    first, second = ranks_of(packed([6]), tp=1, cp=2)
+    assert first.input_ids_R.tolist() == [1, 2, 0, 0]
+    assert second.input_ids_R.tolist() == [3, 4, 5, 6]
+    assert first.segments.positions_R.tolist() == [0, 1, 6, 7]
+    assert second.segments.positions_R.tolist() == [2, 3, 4, 5]
+    assert first.batch.tokens_T.tolist() == [1, 2, 3]
+    assert second.batch.tokens_T.tolist() == [4, 5, 6]
+    assert first.segments.gathered_P.tolist() == [0, 1, 4, 5, 6, 7, 2, 3]
+
+
+@pytest.mark.parametrize(("tp", "cp"), LAYOUTS)
+def test_every_token_belongs_to_one_rank_and_keeps_its_fields(tp: int, cp: int) -> None:
+    batch = packed([5, 1, 12, 2, 7])
+    ranks = ranks_of(batch, tp, cp)
+    assert sorted(token for inputs in ranks for token in inputs.batch.tokens_T.tolist()) == batch.tokens_T.tolist()
+    for inputs in ranks:
+        assert inputs.batch.tokens_T.equal(batch.tokens_T[inputs.tokens_N])
+        assert inputs.batch.fields["value"].equal(inputs.batch.tokens_T * 10.0)
+        assert inputs.batch.cu_seqlens[-1] == len(inputs.tokens_N)
+        assert inputs.batch.segment_ids_T.equal(batch.segment_ids_T[inputs.tokens_N])
+
+
+@pytest.mark.parametrize(("tp", "cp"), LAYOUTS)
+def test_what_a_row_says_arrives_at_the_token_it_predicts(tp: int, cp: int) -> None:
+    batch = packed([5, 1, 12, 2, 7])
+    firsts = set(batch.tokens_T[batch.cu_seqlens[:-1].long()].tolist())
+    for inputs in ranks_of(batch, tp, cp):
+        said_N = inputs.tokens_of_rows(inputs.successors_R.float())
+        expected = [0.0 if token in firsts else float(token) for token in inputs.batch.tokens_T.tolist()]
+        assert said_N.tolist() == expected
+
+
+@pytest.mark.parametrize(("tp", "cp"), LAYOUTS)
+def test_rows_divide_by_tp_and_are_equal_on_all_cp_ranks(tp: int, cp: int) -> None:
+    for lengths in ([1], [5, 1, 12], [3, 3, 3, 4]):
+        rows = {len(inputs.input_ids_R) for inputs in ranks_of(packed(lengths), tp, cp)}
+        assert len(rows) == 1 and rows.pop() % tp == 0
+
+
+@pytest.mark.parametrize(("tp", "cp"), LAYOUTS)
+def test_gathered_rows_are_the_segments(tp: int, cp: int) -> None:
+    ranks = ranks_of(packed([5, 1, 12]), tp, cp)
+    positions = torch.cat([inputs.segments.positions_R for inputs in ranks])[ranks[0].segments.gathered_P]
+    assert positions.tolist() == [position for length in ranks[0].segments.lengths_S.tolist() for position in range(length)]
