@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import os
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -124,6 +125,7 @@ class PolicyParts:
 
 
 def policy_parts(config: RlRun | SftRun, run_dir: Path, stack: ExitStack) -> PolicyParts:
+    set_up_logging(int(os.environ.get("RANK", 0)))  # before Megatron's imports, which warn of what a CPU has not
     from megatron_rl.checkpoint.store import CheckpointStore
     from megatron_rl.policy import MegatronPolicy, MegatronRanks
     from megatron_rl.resharding.execute import Resharder
@@ -135,7 +137,6 @@ def policy_parts(config: RlRun | SftRun, run_dir: Path, stack: ExitStack) -> Pol
         raise UserError(f"model.vocab_size={config.model.vocab_size}: {config.data.tokenizer} has {tokenizer.vocab_size} tokens")
     ranks = MegatronRanks(config.parallel, config.model, config.run.seed)
     stack.callback(ranks.close)
-    set_up_logging(ranks.rank)
     if ranks.rank == 0:
         stack.enter_context(rundir.owned("run.dir", run_dir))
         rundir.record(run_dir, config)

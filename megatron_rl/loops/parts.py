@@ -35,14 +35,19 @@ def push(parts: RlParts, version: int) -> None:
     """*Collective*: every engine alive and on weights `version`."""
     parts.policy.onload()
     while True:
-        if parts.engines:
-            parts.engines.recover()
-            parts.engines.wake()
+        bring_up_engines(parts)
         try:
             parts.sync.push(version)
             return
         except EngineLost as error:
             log.warning("%s while taking weights %d; pushing again", error, version)
+
+
+def bring_up_engines(parts: RlParts) -> None:
+    """Start what does not run. They need a push before they are of use."""
+    if parts.engines:
+        parts.engines.recover()
+        parts.engines.wake()
 
 
 def hand_device_to_engines(parts: RlParts) -> None:

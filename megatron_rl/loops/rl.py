@@ -19,7 +19,7 @@ from megatron_rl.algorithms.loss import summarise
 from megatron_rl.config import RlRun
 from megatron_rl.loops import batches
 from megatron_rl.loops.conductor import Phase
-from megatron_rl.loops.parts import RlParts, hand_device_to_engines, hand_device_to_policy, push
+from megatron_rl.loops.parts import RlParts, bring_up_engines, hand_device_to_engines, hand_device_to_policy, push
 from megatron_rl.loops.statistics import group_metrics
 
 
@@ -29,6 +29,7 @@ def train(config: RlRun, parts: RlParts) -> bool:
     while True:
         metrics: dict[str, float] = {}
         if step < config.run.steps or evaluation_is_due(config, parts, step):
+            bring_up_engines(parts)
             with timed(metrics, "time/sync_s"):
                 push(parts, step)
         if evaluation_is_due(config, parts, step):

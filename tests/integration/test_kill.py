@@ -9,18 +9,17 @@ from __future__ import annotations
 import json
 import os
 import random
-import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+from processes import MARK, kill, marked, wait_until_gone
 
-from megatron_rl.checkpoint.store import newest_step
+from megatron_rl.checkpoint.disk import newest
 
 pytestmark = [pytest.mark.slow, pytest.mark.sglang, pytest.mark.timeout(3000)]
-MARK = "MEGATRON_RL_KILL_TEST"
 STEPS = 12
 
 
@@ -42,38 +41,6 @@ def data(tmp_path_factory: pytest.TempPathFactory, repo_root: Path) -> Path:
     return out
 
 
-def marked(value: str) -> dict[int, str]:
-    """pid -> command line of every live process that carries the test's mark in its environment."""
-    found = {}
-    for entry in Path("/proc").iterdir():
-        if not entry.name.isdigit():
-            continue
-        try:
-            if f"{MARK}={value}".encode() in (entry / "environ").read_bytes().split(b"\0"):
-                command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
-                state = (entry / "stat").read_text().rpartition(")")[2].split()[0]
-                if command and state != "Z":
-                    found[int(entry.name)] = command
-        except (FileNotFoundError, ProcessLookupError, PermissionError):
-            continue
-    return found
-
-
-def kill(pids: list[int]) -> None:
-    for pid in pids:
-        try:
-            os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            continue
-
-
-def wait_until_gone(value: str, seconds: float = 20) -> None:
-    deadline = time.monotonic() + seconds
-    while (left := marked(value)) and time.monotonic() < deadline:
-        time.sleep(0.2)
-    assert not left, f"orphans: {left}"
-
-
 def start(command: list[str], value: str, log: Path) -> subprocess.Popen[bytes]:
     with log.open("ab") as out:
         return subprocess.Popen(command, env=os.environ | {MARK: value}, stdout=out, stderr=out, start_new_session=True)
@@ -88,8 +55,9 @@ def trained_groups(run_dir: Path) -> list[str]:
 def check_exactly_once(run_dir: Path) -> None:
     """Every prompt the cursor has passed was trained once, or is carried in the last checkpoint."""
     trained = trained_groups(run_dir)
-    step = newest_step(run_dir / "checkpoints")
-    trainer = json.loads((run_dir / "checkpoints" / f"step_{step}" / "trainer.json").read_text())
+    found = newest(run_dir / "checkpoints")
+    assert found is not None
+    trainer = found.trainer
     carried = {rollout["id"].rpartition("#")[0] for rollout in trainer["rollouts"]} | {group["id"] for group in trainer["scored"]}
     assert len(trained) == len(set(trained))
     assert not carried & set(trained)
@@ -149,7 +117,7 @@ def test_a_killed_run_repeats_the_uninterrupted_curve(tmp_path: Path, data: Path
     curves = []
     for run_dir in (whole, killed):
         rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-        curves.append([(row["step"], row["reward/mean"], row["policy/grad_norm"], row["loss/policy"]) for row in rows if row["step"]])
+        curves.append([(row["step"], row["reward/mean"], row["policy/grad_norm"], row["loss/policy"]) for row in rows])
     assert [row[0] for row in curves[0]] == [1, 2, 3, 4, 5]
     for ours, theirs in zip(*curves, strict=True):
         assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-6)
