@@ -30,7 +30,8 @@ def tokenizer_for(texts: list[str]) -> PreTrainedTokenizerFast:
     core = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
     core.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", unk_token="<unk>", eos_token="</s>", padding_side="left")
+    special = {"pad_token": "<pad>", "unk_token": "<unk>", "eos_token": "</s>"}
+    return PreTrainedTokenizerFast(tokenizer_object=core, padding_side="left", **special)
 
 
 def model_of(vocab: int) -> Qwen3MoeForCausalLM:
@@ -132,7 +133,8 @@ def main() -> None:
     trainer.train()
     if trainer.accelerator.is_main_process:
         step, length = statistics.median(times.seconds[2:]), statistics.fmean(times.lengths[2:])
-        print(json.dumps({"step_s": round(step, 3), "mean_length": round(length, 1), "completion_tokens_per_s": round(256 * length / step)}))
+        figures = {"step_s": round(step, 3), "mean_length": round(length, 1), "completion_tokens_per_s": round(256 * length / step)}
+        print(json.dumps(figures))
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ class PackedBatch:
     fields: dict[str, torch.Tensor] = field(default_factory=dict)  # name -> (T,), e.g. advantages, engine_logprobs, old_logprobs
 
     @property
-    def segment_ids_T(self) -> torch.Tensor:
+    def segment_ids_T(self) -> torch.Tensor:  # noqa: N802 (a shape suffix)
         lengths = self.cu_seqlens.diff()
         return torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
 

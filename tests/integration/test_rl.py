@@ -31,7 +31,7 @@ def rl(run_dir: Path, data: Path, *overrides: str) -> list[str]:
         *(f"data.tokenizer={data}/tokenizer.model", f"data.train={data}/train.jsonl", f"data.eval={data}/eval.jsonl"),
         *("model.init_from=null", "engine.count=1", "rollout.token_budget=600", "rollout.pool_capacity=24", "rollout.group_size=4"),
         *("rollout.max_response_tokens=48", "algorithm.zero_variance=keep", "algorithm.advantage=reinforce", "optimizer.lr=1e-3"),
-        *("checkpoint.every=2", "checkpoint.keep=1", "eval.samples=1", "eval.greedy=false"),
+        *("checkpoint.every=2", "checkpoint.keep=1", "eval.samples=1", "eval.forced_prefix=false"),
         *overrides,
     ]
 
@@ -109,16 +109,12 @@ def test_the_run_directory_is_complete(run_dir: Path) -> None:
 
 def test_the_exported_checkpoint_evaluates_like_the_policy(run_dir: Path, data: Path, tmp_path: Path) -> None:
     """Greedy decoding of the Hugging Face checkpoint in a fresh server."""
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "megatron_rl", "eval", f"out={tmp_path}"),
-            *(f"checkpoint={run_dir}/hf", f"data.eval={data}/eval.jsonl", "engine=cpu", "engine.count=1", "max_prompt_tokens=16", "max_response_tokens=48", "eval.samples=1"),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-    )
+    command = [sys.executable, "-m", "megatron_rl", "eval", f"out={tmp_path}", f"checkpoint={run_dir}/hf"]
+    command += [f"data.eval={data}/eval.jsonl", "engine=cpu", "engine.count=1", "eval.samples=1"]
+    command += ["max_prompt_tokens=16", "max_response_tokens=48"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
     assert len(rows(tmp_path / "responses.jsonl")) == 8
-    assert json.loads((tmp_path / "summary.json").read_text())["prompts"] == 4
+    theirs, ours = json.loads((tmp_path / "summary.json").read_text()), rows(run_dir / "evaluations.jsonl")[-1]
+    for name in ("eval/accuracy_greedy", "eval/response_tokens_greedy", "eval/truncated_greedy"):
+        assert theirs[name] == ours[name]

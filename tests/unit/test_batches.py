@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -40,7 +42,7 @@ def test_every_field_belongs_to_its_response_token() -> None:
     first = batch.tokens_T.tolist().index(7)
     starts = batch.cu_seqlens.tolist()
     assert first == 0
-    for begin, end in zip(starts, starts[1:], strict=False):
+    for begin, end in pairwise(starts):
         n = end - begin - 2
         assert batch.tokens_T[begin:end].tolist() == [7, 8, *range(10, 10 + n)]
         assert batch.loss_mask_T[begin:end].tolist() == [0, 0] + [1] * n

@@ -127,7 +127,7 @@ def test_a_train_budget_leaves_whole_groups_for_the_next_step(runner: asyncio.Ru
     waiting = [group.id for group in c.scored]
     assert sum(len(r.tokens) for g in first.groups[:-1] for r in g.rollouts) < 30
     assert waiting
-    assert [g.id for g in c.phase(1, train_token_budget=30).groups][0] == waiting[0]
+    assert c.phase(1, train_token_budget=30).groups[0].id == waiting[0]
 
 
 def test_a_phase_beyond_its_limit_says_what_it_waited_for(runner: asyncio.Runner) -> None:

@@ -46,7 +46,7 @@ def groups() -> list[tuple[str, str]]:
 @pytest.mark.parametrize(("group", "name"), groups())
 def test_every_group_option_is_valid(repo_root: Path, group: str, name: str) -> None:
     overrides = ["model.max_position_embeddings=32768"] if group == "model" else []
-    validate(RlRun, composed(repo_root, "rl", f"{group}={name}", *INPUTS["rl"] if group != "data" else INPUTS["rl"], *overrides))
+    validate(RlRun, composed(repo_root, "rl", f"{group}={name}", *INPUTS["rl"], *overrides))
 
 
 @pytest.mark.parametrize(
