@@ -48,14 +48,24 @@ def step_line(step: int, steps: int, metrics: Mapping[str, float]) -> str:
 
 
 class StepLines:
-    """On a terminal every line, in place where they come fast; elsewhere at most one line every `every_s` seconds."""
+    """A line for every step of RL, one every `every_s` seconds where steps are fast; each with an estimate of the time left."""
 
     def __init__(self, steps: int, every_s: float = 5.0) -> None:
         self._steps, self._every_s, self._shown_at = steps, every_s, float("-inf")
+        self._first: tuple[int, float] | None = None  # (step, when) of the first line: steps before a resume cost nothing now
         self._console = Console(stderr=True, highlight=False, soft_wrap=True)
 
     def show(self, step: int, metrics: Mapping[str, float], now: float) -> None:
+        first_step, started = self._first = self._first or (step, now)
         important = step in (0, 1, self._steps) or "eval/accuracy" in metrics or "reward/mean" in metrics
         if important or now - self._shown_at >= self._every_s:
             self._shown_at = now
-            self._console.print(step_line(step, self._steps, metrics))
+            line = step_line(step, self._steps, metrics)
+            if first_step < step < self._steps:
+                line += f"  {clock((now - started) / (step - first_step) * (self._steps - step))} left"
+            self._console.print(line)
+
+
+def clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes}:{rest:02d} min" if minutes else f"{rest} s"

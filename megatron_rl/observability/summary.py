@@ -11,10 +11,12 @@ from typing import Any
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """The complete lines of a JSONL file, in order; none of an absent one."""
     rows: list[dict[str, Any]] = []
-    for line in path.read_text().splitlines() if path.exists() else ():
+    if not path.exists():
+        return rows
+    for line in path.read_bytes().split(b"\n")[:-1]:  # what follows the last newline was torn by a crash
         try:
             rows.append(json.loads(line))
-        except json.JSONDecodeError:  # a line torn by a crash is the last one
+        except ValueError:
             break
     return rows
 
@@ -23,7 +25,7 @@ def rl_summary(steps: Sequence[Mapping[str, Any]], evaluations: Sequence[Mapping
     """Totals and rates over all steps; `eval_start` and `eval_end` are the first and the last evaluation."""
 
     def total(name: str) -> float:
-        return float(sum(row.get(name, 0.0) for row in steps))
+        return float(sum(row.get(name) or 0.0 for row in steps))  # null: it was not finite
 
     measured = [{key.removeprefix("eval/"): value for key, value in row.items()} for row in evaluations]
     return {

@@ -5,8 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from megatron_rl.observability.console import step_line
-from megatron_rl.observability.summary import rl_summary
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from megatron_rl.config import UserError
+from megatron_rl.observability.console import StepLines, step_line
+from megatron_rl.observability.summary import read_rows, rl_summary
 from megatron_rl.observability.tracker import RunTracker, version_spans
 from megatron_rl.types import Group, Prompt, Rollout, Score
 
@@ -82,3 +86,73 @@ def test_a_summary_adds_up_the_steps_and_finds_both_evaluations() -> None:
     assert summary["generated_tokens_per_s"] == 50.0 and summary["trained_tokens_per_s"] == 60.0
     assert summary["eval_start"]["accuracy"] == 0.2 and summary["eval_end"]["accuracy"] == 0.6
     assert rl_summary([], [])["eval_start"] is None
+
+
+def test_numbers_that_are_not_finite_are_null(tmp_path: Path) -> None:
+    t = tracker(tmp_path)
+    t.log(1, {"a": float("nan"), "b": float("inf"), "c": 1.0})
+    assert rows(tmp_path / "metrics.jsonl") == [{"step": 1, "a": None, "b": None, "c": 1.0}]
+
+
+def test_samples_come_evenly_through_the_step_and_show_where_versions_change(tmp_path: Path) -> None:
+    tracker(tmp_path, kept=3).rollouts(1, [group(f"p{i}") for i in range(6)])
+    sampled = rows(tmp_path / "rollouts" / "step_1.jsonl")
+    assert [row["prompt"] for row in sampled] == ["p0?", "p2?", "p4?"]
+    assert sampled[0]["pieces"] == ["(5, 6)", "(7,)"]
+
+
+def test_any_text_a_model_writes_comes_back(tmp_path: Path) -> None:
+    text = "a\u2028b\x0bc\x85\nd \ufffd 你 \"</script>"
+    strange = RunTracker(tmp_path, steps=1, decode=lambda tokens: text, tensorboard=False, rollouts_every=1, rollouts_kept=4)
+    strange.rollouts(1, [group("p")])
+    assert [row["response"] for row in read_rows(tmp_path / "rollouts" / "step_1.jsonl")] == [text, text]
+    lone = RunTracker(tmp_path, steps=1, decode=lambda tokens: "x\ud800", tensorboard=False, rollouts_every=1, rollouts_kept=4)
+    lone.rollouts(2, [group("p")])
+    assert rows(tmp_path / "rollouts" / "step_2.jsonl")[0]["response"] == "x?"
+
+
+def test_rollouts_every(tmp_path: Path) -> None:
+    t = RunTracker(tmp_path, steps=9, decode=str, tensorboard=False, rollouts_every=3, rollouts_kept=4)
+    never = RunTracker(tmp_path / "never", steps=9, decode=str, tensorboard=False, rollouts_every=0, rollouts_kept=4)
+    (tmp_path / "never").mkdir()
+    for step in range(1, 7):
+        t.rollouts(step, [group("p")])
+        never.rollouts(step, [])
+    assert sorted(file.name for file in (tmp_path / "rollouts").iterdir()) == ["step_3.jsonl", "step_6.jsonl"]
+    assert sorted(file.name for file in (tmp_path / "never").iterdir()) == ["trained.jsonl"]
+
+
+def test_tensorboard_forgets_what_a_rewind_forgot(tmp_path: Path) -> None:
+    """Also when the first thing recorded after it is an evaluation of the very step it went back to."""
+    t = tracker(tmp_path)
+    for step in range(1, 6):
+        t.log(step, {"x": float(step)})
+    t.close()
+    t = tracker(tmp_path)
+    t.rewind(3)
+    t.evaluation(3, {"eval/accuracy": 0.5})
+    t.log(4, {"x": 40.0})
+    t.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(e.step, e.value) for e in events.Scalars("x")] == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 40.0)]
+    assert [e.step for e in events.Scalars("eval/accuracy")] == [3]
+
+
+def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    with pytest.raises(UserError, match=r"metrics\.jsonl: cannot write: No space left") as caught:
+        tracker(tmp_path).log(1, {"x": 1.0})
+    assert caught.value.exit_code == 1
+
+
+def test_fast_steps_are_not_all_shown_and_say_how_long_it_takes(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = StepLines(100)
+    for step in range(1, 101):
+        lines.show(step, {"sft/nll": 1.0}, now=float(step))
+    shown = capsys.readouterr().err.splitlines()
+    assert len(shown) == 21
+    assert shown[1] == "step   6/100  nll 1.000  1:34 min left"
+    assert shown[-1] == "step 100/100  nll 1.000"
+    for step in range(1, 4):
+        StepLines(3).show(step, {"reward/mean": 0.5}, now=float(step))
+    assert len(capsys.readouterr().err.splitlines()) == 3
