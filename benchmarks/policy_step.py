@@ -51,7 +51,9 @@ class Timer:
         self._seconds[self._name] += time.perf_counter()
 
 
-def batches(model: ModelConfig, args: argparse.Namespace, ranks: MegatronRanks, capacity: int) -> tuple[list[PackedBatch], int, int]:
+def batches(
+    model: ModelConfig, args: argparse.Namespace, ranks: MegatronRanks, capacity: int
+) -> tuple[list[PackedBatch], int, int]:
     """This replica's microbatches; all tokens and all response tokens over all replicas."""
     random = torch.Generator().manual_seed(0)
     lengths = torch.randint(args.shortest, args.longest + 1, (args.sequences,), generator=random).tolist()
@@ -74,7 +76,8 @@ def matmul_flops_per_token(model: ModelConfig) -> float:
     per_layer = [3 * model.hidden_size * model.ffn_hidden_size] * model.num_layers
     if moe := model.moe:
         routed = 3 * model.hidden_size * moe.ffn_hidden_size * (moe.top_k + moe.num_shared_experts)
-        per_layer[moe.first_dense_layers :] = [routed + model.hidden_size * moe.num_experts] * (model.num_layers - moe.first_dense_layers)
+        sparse_layers = model.num_layers - moe.first_dense_layers
+        per_layer[moe.first_dense_layers :] = [routed + model.hidden_size * moe.num_experts] * sparse_layers
     return 6.0 * (sum(per_layer) + model.num_layers * attention + model.hidden_size * model.vocab_size)
 
 

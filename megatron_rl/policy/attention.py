@@ -24,7 +24,7 @@ from torch.autograd.function import once_differentiable
 
 from megatron_rl.policy.packed import Segments
 
-LENGTH_RATIO = 2.0  # of the longest to the shortest segment of a bucket
+LENGTH_RATIO = 1.25  # of the longest to the shortest segment of a bucket
 
 
 @dataclass(frozen=True)

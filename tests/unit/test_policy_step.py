@@ -55,7 +55,8 @@ def sequences(vocab: int, *lengths: int) -> list[torch.Tensor]:
 
 def surprise(logprobs_T: torch.Tensor, entropy_T: torch.Tensor, batch: PackedBatch) -> LossOutput:
     loss = -((logprobs_T + 0.1 * entropy_T) * batch.loss_mask_T).sum() / 100
-    return LossOutput(loss, {"loss": loss.detach(), "tokens": batch.loss_mask_T.sum()}, {"longest": batch.cu_seqlens.diff().max().float()})
+    sums = {"loss": loss.detach(), "tokens": batch.loss_mask_T.sum()}
+    return LossOutput(loss, sums, {"longest": batch.cu_seqlens.diff().max().float()})
 
 
 def gradients(policy: MegatronPolicy) -> dict[str, torch.Tensor]:
