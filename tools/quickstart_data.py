@@ -6,7 +6,8 @@ The prompt is the bare sum, `47+85-6=`. A worked answer adds every term tens fir
 `47+80=127 127+5=132 132-6=126 #126`; a direct answer is `#126` alone. The SFT mixture teaches both, so that the model can work but
 mostly answers at once: RL then has a mode to amplify. reasoning-gym makes the problems and judges the answers.
 
-Writes train.jsonl and eval.jsonl (RL prompts, disjoint), sft_worked.jsonl, sft_mixed.jsonl (disjoint from eval), tokenizer.model.
+Writes train.jsonl (RL prompts), sft_worked.jsonl and sft_mixed.jsonl, eval.jsonl (no expression of which is in the others), and
+tokenizer.model.
 """
 
 from __future__ import annotations
@@ -16,8 +17,10 @@ import json
 import random
 import re
 from collections.abc import Iterable, Iterator
+from itertools import islice, starmap
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import reasoning_gym
 
@@ -29,13 +32,14 @@ VOCAB = 24  # characters of the task and the four special tokens fit
 
 
 def problems(seed: int) -> Iterator[dict[str, Any]]:
-    """A stream of distinct problems. reasoning-gym makes problem i from (seed + i), so seeds are spaced apart."""
-    seen: set[str] = set()
+    """reasoning-gym makes problem i from (seed + i), so seeds are spaced apart."""
     for entry in reasoning_gym.create_dataset("chain_sum", seed=seed * STREAM, size=STREAM, **TASK):
-        expression = entry["metadata"]["expression"].replace(" ", "")
-        if expression not in seen:
-            seen.add(expression)
-            yield {"expression": expression, "entry": entry}
+        yield {"expression": entry["metadata"]["expression"].replace(" ", ""), "entry": entry}
+
+
+def is_held_out(expression: str) -> bool:
+    """One expression in eight, whatever the seed: by its hash, so that easy and hard ones are held out alike."""
+    return crc32(expression.encode()) % 8 == 0
 
 
 def worked(expression: str) -> str:
@@ -51,12 +55,12 @@ def worked(expression: str) -> str:
     return " ".join([*steps, f"#{total}"])
 
 
-def prompt_row(problem: dict[str, Any]) -> dict[str, Any]:
+def prompt_row(number: int, problem: dict[str, Any]) -> dict[str, Any]:
     expression, entry = problem["expression"], problem["entry"]
     first_step = re.match(r"\d+[+-]", expression)
     assert first_step is not None
     return {
-        "id": expression,
+        "id": f"{number}:{expression}",
         "prompt": f"{expression}=",
         "answer": entry["answer"],
         "verifier": "reasoning_gym",
@@ -87,12 +91,13 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
 
     stream = problems(args.seed)
-    held_out = [next(stream) for _ in range(args.eval)]
-    train = [next(stream) for _ in range(args.train)]
-    sft = [next(stream) for _ in range(args.sft)]
+    distinct = {problem["expression"]: problem for problem in islice(stream, 20 * args.eval) if is_held_out(problem["expression"])}
+    held_out = list(distinct.values())[: args.eval]
+    seen = (problem for problem in stream if not is_held_out(problem["expression"]))
+    train, sft = list(islice(seen, args.train)), list(islice(seen, args.sft))
     rng = random.Random(args.seed)
-    write_jsonl(args.out / "eval.jsonl", map(prompt_row, held_out))
-    write_jsonl(args.out / "train.jsonl", map(prompt_row, train))
+    write_jsonl(args.out / "eval.jsonl", starmap(prompt_row, enumerate(held_out)))
+    write_jsonl(args.out / "train.jsonl", starmap(prompt_row, enumerate(train)))
     write_jsonl(args.out / "sft_worked.jsonl", (sft_row(p, direct=False) for p in sft))
     write_jsonl(args.out / "sft_mixed.jsonl", (sft_row(p, direct=rng.random() < args.direct) for p in sft))
     texts = [row["prompt"] + row["response"] for row in (sft_row(p, direct=False) for p in sft[:2_000])]
