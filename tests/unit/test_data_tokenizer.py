@@ -132,9 +132,10 @@ def test_a_text_that_would_not_survive_is_refused(tmp_path: Path) -> None:
 def test_sglang_reads_an_exported_tokenizer(char: SentencePieceTokenizer, tmp_path: Path, repo_root: Path) -> None:
     export_hf_tokenizer(char, tmp_path / "hf")
     script = """
-import json, sys
-from megatron_rl.engine import server
-server.run_on_cpu()
+import json, os, sys
+from megatron_rl.engine import standins
+os.environ["SGLANG_USE_CPU_ENGINE"] = "1"
+standins.install()
 from sglang.srt.utils.hf_transformers_utils import get_tokenizer
 tokenizer = get_tokenizer(sys.argv[1])
 print(json.dumps([tokenizer.encode(sys.argv[2]), tokenizer.eos_token_id]))
