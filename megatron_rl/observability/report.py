@@ -245,10 +245,10 @@ def samples(folder: Path) -> str:
 def sample_card(row: Row) -> str:
     good = "good" if row["status"] == "correct" else "bad"
     spans = [f"{tokens} under weights {version}" for version, tokens in row["versions"]]
-    pieces = row["pieces"] or [row["response"]][: len(spans)]  # an empty response has neither spans nor text
+    pieces = row.get("pieces") or [row["response"]]
     body = "".join(
         f'<span class="v v{version % VERSION_COLOURS}" title="weights version {version}">{escape(text)}</span>'
-        for (version, _), text in zip(row["versions"], pieces, strict=True)
+        for (version, _), text in zip(row["versions"], pieces, strict=False)  # an empty response has no version
     )
     facts = [f"tokens: {', '.join(spans)}"] if spans else ["no tokens"]
     if row["finish_reason"] == "length":
