@@ -71,7 +71,8 @@ def run(layout: dict[str, object], device_batches: list[PackedBatch]) -> dict[st
         old = policy.logprobs(batches, TEMPERATURE)
         reference = policy.reference_logprobs(batches, TEMPERATURE)
         for number, batch, old_T, reference_T in zip(mine, batches, old, reference, strict=True):
-            fields = {"old_logprobs": old_T, "engine_logprobs": old_T - 0.01, "ref_logprobs": reference_T}
+            # Off-policy on purpose: with old = new the policy loss would not depend on the weights.
+            fields = {"old_logprobs": reference_T, "engine_logprobs": reference_T - 0.01, "ref_logprobs": reference_T}
             batch.fields.update(fields)
             logprobs[f"{step}.{number}"] = {"old": old_T.tolist(), "reference": reference_T.tolist()}
         steps.append(policy.train_step(batches, loss, TEMPERATURE))
