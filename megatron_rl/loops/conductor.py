@@ -16,7 +16,7 @@ import logging
 import time
 from collections import defaultdict
 from collections.abc import Coroutine, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from megatron_rl.loops.serial import from_json, to_json
@@ -216,7 +216,16 @@ class _PhaseWork:
                 log.warning("%s; its %d rollouts go on elsewhere", error, len(self.in_flight[engine.name]))
             self.lost.add(engine.name)
         self.in_flight[engine.name] -= unfinished
-        self.events.put_nowait([sched.Interrupted(rollout_id) for rollout_id in sorted(unfinished)])
+        self.events.put_nowait([self._cut(rollout_id) for rollout_id in sorted(unfinished)])
+
+    def _cut(self, rollout_id: str) -> sched.Event:
+        """A rollout whose stream ended without a reason. It may have been at its end just then: an abort hides that."""
+        rollout, sampling = self.c.rollouts[rollout_id], self.c.sampling
+        stopped = bool(rollout.tokens) and rollout.tokens[-1] in sampling.stop_token_ids
+        if not stopped and len(rollout.tokens) < sampling.max_response_tokens:
+            return sched.Interrupted(rollout_id)
+        self.c.rollouts[rollout_id] = replace(rollout, finish_reason="stop" if stopped else "length")
+        return sched.Finished(rollout_id)
 
     def _record(self, messages: Iterable[Progress]) -> list[sched.Event]:
         events: list[sched.Event] = []

@@ -22,6 +22,7 @@ class ScriptedEngine:
         self.name, self.prompt_tokens, self.length, self.chunk = name, prompt_tokens, length, chunk
         self.version = 0
         self.dies_after: int | None = None  # messages until EngineLost
+        self.hides_ends = False  # an abort that arrives with the last token takes its finish reason
         self.dead = False
         self.served: list[str] = []
         self._aborted: set[str] = set()
@@ -54,6 +55,8 @@ class ScriptedEngine:
         reason = "stop" if end == self.length(rollout_id) else "length" if room[rollout_id] == 0 else None
         if reason:
             self._finish(rollout_id, at)
+        if reason and self.hides_ends:
+            reason = None
         positions = range(begin, end)
         return Progress(
             rollout_id, tuple(p % 50 for p in positions), tuple(-p / 100 for p in positions), (self.version,) * count, reason

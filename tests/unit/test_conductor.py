@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 from fakes import CountedPrompts, ParityRewards, ScriptedEngine, ScriptedEngines, length_of
@@ -87,6 +88,20 @@ def test_a_lost_engines_rollouts_go_on_elsewhere_from_their_last_token(runner: a
     check_groups(phase)
     assert len(engines.engines[1].served) > len(set(engines.engines[1].served)) - 1
     assert set(engines.engines[0].served) & set(engines.engines[1].served)
+
+
+def test_a_rollout_that_is_cut_at_its_very_end_is_finished(runner: asyncio.Runner) -> None:
+    """By its length, or by a stop token as its last."""
+    engines = two_engines()
+    for engine in engines.engines:
+        engine.hides_ends, engine.length = True, lambda rollout_id: 7 if rollout_id.endswith("#0") else 64
+    c = conductor(runner, engines)
+    c.sampling = replace(c.sampling, stop_token_ids=(6,))
+    phase = c.phase(0)
+    assert phase.groups
+    for group in phase.groups:
+        assert [r.finish_reason for r in group.rollouts] == ["stop", "length", "length", "length"]
+        assert [len(r.tokens) for r in group.rollouts] == [7, 64, 64, 64]
 
 
 def test_without_engines_the_phase_waits_to_go_on(runner: asyncio.Runner) -> None:
