@@ -9,7 +9,7 @@ from typing import Any, Literal
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
 
-def hook(target: str, kind: Literal["AFTER", "REPLACE"], function: Callable[..., Any]) -> None:
+def hook(target: str, kind: Literal["AFTER", "AROUND", "REPLACE"], function: Callable[..., Any]) -> None:
     before = pkgutil.resolve_name(target)
     HookRegistry.register(target, function, HookType[kind])
     HookRegistry.apply_hooks()
