@@ -189,16 +189,18 @@ class _Stream:
         versions = (int(meta["weight_version"]),) * count
         self._versions += versions
         if self.ended:
-            self._check_versions(meta.get("weight_versions") or [])
+            self._check_versions(meta["weight_versions"] if reason != "abort" else meta.get("weight_versions"))
         if not tokens and reason in (None, "abort"):
             return None
         finish: FinishReason | None = None if reason == "abort" else reason
         return Progress(self.request.rollout_id, tuple(tokens), logprobs, versions, finish)
 
-    def _check_versions(self, spans: Sequence[Mapping[str, Any]]) -> None:
-        """The server stamps each token when it ends a request; we stamped messages as they came. No push lies between."""
-        stamped = [int(span["version"]) for span in spans for _ in range(span["start"], span["end"])]
-        if stamped != self._versions and (stamped or self._versions):
+    def _check_versions(self, spans: Sequence[Mapping[str, Any]] | None) -> None:
+        """The server says each token's version when it ends a request; we noted them message by message. No push lies between."""
+        if spans is None:
+            return
+        said = [int(span["version"]) for span in spans for _ in range(span["start"], span["end"])]
+        if said != self._versions:
             raise ValueError(f"weights changed under {self.request.rollout_id}: {spans} for versions {sorted(set(self._versions))}")
 
 

@@ -1,9 +1,9 @@
 """Routed experts on a CPU: all of them in two grouped matmuls, and the factor that SGLang's native path forgets for BailingMoeV2.
 
 - `moe_forward_native` (srt/layers/moe/fused_moe_native.py:62) loops over experts; `grouped_mm` saves 5 % of a small decode.
-- SGLang's GPU runners multiply the experts' sum by `routed_scaling_factor` (moe_runner/triton.py:111); the native path does not, and
-  BailingMoE leaves it to the runner (models/bailing_moe.py:288, :296): without it log-probs are off by 0.1 nats and more. This can
-  go when the native path applies it, which `register` notices.
+- SGLang's GPU runners multiply the experts' sum by `routed_scaling_factor` (moe_runner/triton.py:111); the native path does not,
+  and BailingMoE leaves it to the runner (models/bailing_moe.py:288, :296): without it log-probs are off by 0.1 nats and more. This
+  can go when the native path applies it, which `register` notices.
 
 Both go in through SGLang's hook registry. Invariant: log-probs of a server on a CPU are those of the reference implementation.
 """

@@ -161,7 +161,7 @@ def test_what_sglang_repeats_of_a_queued_request_is_counted_once() -> None:
         await reply.raw(reply.event(0, [1, 2]) + reply.event(1, [5]))
         await reply.abort_seen.wait()
         spans = [{"version": "7", "start": 0, "end": 2}]
-        alone = {"completion_tokens": 2, "output_token_logprobs": [[-0.1, 1, None], [-0.2, 2, None]], "weight_versions": spans}
+        alone = {"completion_tokens": 2, "output_token_logprobs": [[-0.1, 1, None], [-0.2, 2, None]], "weight_versions": None}
         coalesced = {
             "completion_tokens": 2,
             "output_token_logprobs": [[-0.6, 6, None], [-0.5, 5, None], [-0.6, 6, None]],
