@@ -155,8 +155,10 @@ def test_servers_that_still_start_die_with_the_trainer(trainer: Trainer) -> None
 
 
 def test_a_server_that_fails_to_start_is_reported_with_its_last_words(tmp_path: Path) -> None:
-    config = EngineConfig(device="cpu", server_args={"no_such_flag": 1})
+    config = EngineConfig(device="cpu", max_restarts=0, server_args={"no_such_flag": 1})
     engines = SglangEngines(config, str(write_checkpoint(tmp_path / "hf")), tmp_path, 256, 0)
     with pytest.raises(EngineLost, match=r"(?s)engine_0 ended with 2 as it started; last words:.*--no-such-flag=1"):
         engines.start()
     assert servers_of(tmp_path / "engines" / "engine_0.log") == [] and engines.alive == []
+    with pytest.raises(EngineLost, match=r"engine_0 died, and engine\.max_restarts=0"):
+        engines.recover()
