@@ -1,7 +1,7 @@
 """The command line: `python -m megatron_rl <rl|sft|eval> [Hydra overrides]`, also installed as `megatron-rl`.
 
 Hydra composes conf/, the result is validated into frozen models, and `assemble` runs it: in this process under torchrun or for one
-rank, else in `parallel.nproc` ranks started here. Exit codes: 0 done (or stopped by a signal, resumable), 2 a wrong command line or
+rank, else in `parallel.nproc` ranks started here. Exit codes: 0 done, 128 + its number after a signal, 2 a wrong command line or
 configuration, 1 anything else. Nothing is allocated before the configuration is found possible.
 """
 
@@ -23,6 +23,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from megatron_rl import __version__
 from megatron_rl.config import EvalRun, RlRun, SftRun, UserError, validate
 from megatron_rl.launcher import die_with_parent, run_ranks, run_sweep_job
+from megatron_rl.types import EngineLost
 
 VERBS: dict[str, type[RlRun] | type[SftRun] | type[EvalRun]] = {"rl": RlRun, "sft": SftRun, "eval": EvalRun}
 USAGE = f"""megatron_rl {__version__}: reinforcement learning with verifiable rewards for mixture-of-experts models
@@ -50,13 +51,15 @@ def main() -> None:
         fail(f"unknown verb {verb!r}: one of {', '.join(VERBS)}", 2)
     try:
         compose_and_run(verb, overrides)
+    except KeyboardInterrupt:  # before a run took the signal over
+        fail("interrupted before the run began", 130)
     except (HydraException, OmegaConfBaseException) as error:
         fail(" ".join(str(error).split()), 2)
 
 
 def fail(message: str, code: int) -> NoReturn:
-    """One line on stderr, once: under torchrun every rank finds the same mistake."""
-    if os.environ.get("RANK", "0") == "0":
+    """One line on stderr, once a node: under torchrun every rank finds the same mistake."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
         print(f"megatron-rl: error: {message}", file=sys.stderr, flush=True)
     sys.exit(code)
 
@@ -74,10 +77,12 @@ def compose_and_run(verb: str, overrides: Sequence[str]) -> None:
             fail(f"{error.full_key}: missing; give it as {error.full_key}=...", 2)
         except UserError as error:
             fail(str(error), error.exit_code)
+        except (EngineLost, TimeoutError) as error:
+            fail(str(error), 1)
         except RuntimeError as error:
-            if "onnection closed by peer" not in str(error):
+            if not any(words in str(error) for words in ("closed by peer", "reset by peer")):
                 raise
-            sys.exit(f"rank {os.environ.get('RANK')}: another rank ended first")  # which says why
+            sys.exit(1)  # another rank ended first, and it or the launcher says why
 
     job()
 

@@ -32,7 +32,7 @@ from megatron_rl.observability.summary import read_rows, rl_summary
 from megatron_rl.observability.tracker import EVALUATIONS, METRICS, NullTracker, RunTracker
 from megatron_rl.ports import Tracker
 from megatron_rl.rewards.pool import RewardPool
-from megatron_rl.types import SamplingParams
+from megatron_rl.types import Prompt, SamplingParams
 
 if TYPE_CHECKING:
     from megatron_rl.checkpoint.store import CheckpointStore
@@ -58,6 +58,7 @@ def run_rl(config: RlRun) -> None:
             write_summary(run_dir, rl_summary(*(read_rows(run_dir / name) for name in (METRICS, EVALUATIONS))))
             write_report(run_dir)
             farewell(complete, run_dir)
+        stop.exit_if_requested(complete)
 
 
 def run_sft(config: SftRun) -> None:
@@ -77,17 +78,19 @@ def run_sft(config: SftRun) -> None:
         if core.ranks.rank == 0:
             write_summary(run_dir, {"sft_steps": config.run.steps, "seconds_sft": round(time.monotonic() - started, 1)})
             farewell(complete, run_dir)
+        stop.exit_if_requested(complete)
 
 
 def run_eval(config: EvalRun) -> None:
     out, checkpoint = Path(config.out), Path(config.checkpoint)
-    if not (checkpoint / "config.json").is_file():
-        raise UserError(f"checkpoint={checkpoint}: no Hugging Face checkpoint there (config.json is missing)", exit_code=1)
+    for pattern in ("config.json", "*.safetensors"):
+        if not list(checkpoint.glob(pattern)):
+            raise UserError(f"checkpoint={checkpoint}: no Hugging Face checkpoint there ({pattern} is missing)", exit_code=1)
     with ExitStack() as stack:
         stack.enter_context(rundir.owned("out", out))
         set_up_logging(0)
         tokenizer = load_tokenizer(config.data.tokenizer or checkpoint)
-        prompts = read_prompts(config.data.eval, tokenizer, config.max_prompt_tokens, config.data.chat_template)
+        prompts = evaluation_prompts(config, tokenizer, config.max_prompt_tokens)
         rewards = RewardPool(config.reward.workers, config.reward.timeout_s, tokenizer.decode)
         stack.callback(rewards.close)
         length = config.max_prompt_tokens + config.max_response_tokens
@@ -95,7 +98,7 @@ def run_eval(config: EvalRun) -> None:
         engines.start()
         evaluator = Evaluator(
             config=config.eval,
-            prompts=prompts[: config.eval.prompts],
+            prompts=prompts,
             sampling=sampling_params(1.0, config.max_response_tokens, tokenizer),
             engines=engines,
             rewards=rewards,
@@ -184,7 +187,8 @@ def rl_parts(config: RlRun, run_dir: Path, core: PolicyParts, stop: StopFlag, st
         stack.callback(rewards.close)
         runner = stack.enter_context(asyncio.Runner())
         shape = architecture_only(config, run_dir, tokenizer)
-        engines = sglang_engines(config.engine, shape, run_dir, config.model.max_position_embeddings, config.run.seed, stack)
+        empty = config.engine.model_copy(update={"server_args": {"load_format": "dummy"} | config.engine.server_args})
+        engines = sglang_engines(empty, shape, run_dir, config.model.max_position_embeddings, config.run.seed, stack)
         sink = EngineWeights(engines, config.engine.tp, config.engine.sync.timeout_s)
         sampling = sampling_params(rollout.temperature, rollout.max_response_tokens, tokenizer, rollout.top_p, rollout.top_k)
         settings = Settings(
@@ -199,9 +203,9 @@ def rl_parts(config: RlRun, run_dir: Path, core: PolicyParts, stop: StopFlag, st
         stream = PromptStream(prompts, config.run.seed, config.data.shuffle)
         conductor = Conductor(settings, sampling, engines, rewards, stream, stop, runner, rollout.timeout_s)
         if config.data.eval:
-            held_out = read_prompts(config.data.eval, tokenizer, rollout.max_prompt_tokens, config.data.chat_template)
+            held_out = evaluation_prompts(config, tokenizer, rollout.max_prompt_tokens)
             evaluator = Evaluator(
-                config.eval, held_out[: config.eval.prompts], sampling, engines, rewards, tokenizer.encode, tokenizer.decode, runner
+                config.eval, held_out, sampling, engines, rewards, tokenizer.encode, tokenizer.decode, runner
             )
     bucket_bytes = int(config.engine.sync.bucket_mb * 2**20)
     resharder = Resharder(config.model, config.parallel, core.policy.weights, core.ranks, bucket_bytes)
@@ -229,6 +233,15 @@ def rl_parts(config: RlRun, run_dir: Path, core: PolicyParts, stop: StopFlag, st
     )
 
 
+def evaluation_prompts(config: RlRun | EvalRun, tokenizer: Tokenizer, max_prompt_tokens: int) -> tuple[Prompt, ...]:
+    assert config.data.eval is not None
+    prompts = read_prompts(config.data.eval, tokenizer, max_prompt_tokens, config.data.chat_template)[: config.eval.prompts]
+    without = [prompt.id for prompt in prompts if not isinstance(prompt.metadata.get("forced_prefix"), str)]
+    if config.eval.forced_prefix and without:
+        raise UserError(f"eval.forced_prefix=true: prompt {without[0]!r} of {config.data.eval} has no metadata.forced_prefix")
+    return prompts
+
+
 def architecture_only(config: RlRun, run_dir: Path, tokenizer: Tokenizer) -> Path:
     """A checkpoint without weights: engines start from it at once, since the first push brings them everything."""
     from megatron_rl.resharding.hf import hf_config
@@ -245,8 +258,6 @@ def sglang_engines(
 ) -> SglangEngines:
     from megatron_rl.engine.launcher import SglangEngines
 
-    if not list(model.glob("*.safetensors")):
-        config = config.model_copy(update={"server_args": {"load_format": "dummy"} | config.server_args})
     engines = SglangEngines(config, str(model), run_dir, context_length, seed)
     stack.callback(engines.stop)
     return engines

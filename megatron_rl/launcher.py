@@ -50,18 +50,25 @@ def run_ranks(verb: str, overrides: list[str], nproc: int) -> None:
     try:
         elastic_launch(config, sys.executable)("-m", "megatron_rl", verb, *overrides)
     except ChildFailedError as error:
-        _, failure = error.get_first_failure()
+        rank, failure = error.get_first_failure()
+        if failure.exitcode < 0:
+            name = signal.Signals(-failure.exitcode).name
+            print(f"megatron-rl: error: rank {rank} was killed by {name}; the same command goes on", file=sys.stderr)
         sys.exit(failure.exitcode if failure.exitcode > 0 else 1)
     except SignalException as error:
         sys.exit(128 + error.sigval)
 
 
 def run_sweep_job(verb: str, overrides: list[str], config: RlRun | SftRun | EvalRun, number: int) -> None:
-    """One job of a sweep in a process of its own (Megatron and NCCL keep state per process), in `<its directory>/job_<number>`
-    unless its overrides give it a directory."""
+    """One job of a sweep, in a process of its own (Megatron and NCCL keep state per process) and a directory of its own,
+    `<run.dir>/job_<number>`. A signal goes to the job, and ends the sweep with it."""
     key, directory = ("out", config.out) if isinstance(config, EvalRun) else ("run.dir", config.run.dir)
-    if not any(override.startswith(f"{key}=") for override in overrides):
-        overrides = [*overrides, f"{key}={Path(directory) / f'job_{number}'}"]
-    done = subprocess.run([sys.executable, "-m", "megatron_rl", verb, *overrides], check=False)
-    if done.returncode:
-        raise UserError(f"sweep job {number} ({' '.join(overrides)}) ended with exit code {done.returncode}", exit_code=1)
+    command = [sys.executable, "-m", "megatron_rl", verb, *overrides, f"{key}={Path(directory) / f'job_{number}'}"]
+    job = subprocess.Popen(command, start_new_session=True, preexec_fn=die_with_parent)
+    for signal_number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signal_number, lambda received, _: job.send_signal(received))
+    code = job.wait()
+    if code < 0 or code > 128:
+        sys.exit(code if code > 0 else 128 - code)
+    if code:
+        raise UserError(f"sweep job {number} ({' '.join(overrides)}) ended with exit code {code}", exit_code=1)

@@ -24,7 +24,11 @@ def make(key: str, path: Path) -> None:
 def owned(key: str, path: Path) -> Iterator[None]:
     """Hold the directory until the process ends, however it ends. Raises UserError while another process holds it."""
     make(key, path)
-    with (path / ".lock").open("a+") as lock:
+    try:
+        lock = (path / ".lock").open("a+")
+    except OSError as error:
+        raise UserError(f"{key}={path}: {error.strerror}", exit_code=1) from None
+    with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -43,10 +47,13 @@ def record(path: Path, config: RlRun | SftRun) -> None:
         raise UserError(f"resume=true: no checkpoint in {path / 'checkpoints'}", exit_code=1)
     if config.resume is False and steps:
         raise UserError(f"resume=false: {path} already holds {len(steps)} checkpoints; give run.dir a new name", exit_code=1)
-    values = config.model_dump(mode="json")
+    values = config.model_dump(mode="json", exclude={"engine": {"api_key"}})
     file = path / "config.yaml"
     if file.exists() and steps:
-        before = yaml.safe_load(file.read_text())["model"]
+        try:
+            before = yaml.safe_load(file.read_text())["model"]
+        except (yaml.YAMLError, TypeError, KeyError):
+            raise UserError(f"{file}: not a run's configuration; remove it to go on with the one given", exit_code=1) from None
         changed = [key for key, value in values["model"].items() if key != "init_from" and before.get(key) != value]
         if changed:
             raise UserError(f"model.{changed[0]}: differs from that of the run in {path}; give run.dir a new name")

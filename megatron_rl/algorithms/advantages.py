@@ -16,31 +16,26 @@ AdvantageMethod = Literal["grpo", "dr_grpo", "rloo", "reinforce"]
 STD_EPS = 1e-6
 
 
-def group_advantages(rewards_G: torch.Tensor, method: AdvantageMethod, valid_G: torch.Tensor | None = None) -> torch.Tensor:
-    """advantages_G, with n valid members of mean m and sample deviation s (over n - 1):
+def group_advantages(rewards_G: torch.Tensor, method: AdvantageMethod) -> torch.Tensor:
+    """advantages_G of a group of n rewards with mean m and sample deviation s (over n - 1):
 
     - grpo: (r - m) / (s + 1e-6)         (DeepSeekMath, arXiv 2402.03300, section 4.1.2)
     - dr_grpo: r - m                     (arXiv 2503.20783: the deviation overweights questions that are too easy or too hard)
     - rloo: r - mean of the others = (r - m) n / (n - 1)     (arXiv 2402.14740)
     - reinforce: r, without a baseline   (Williams 1992); the only one that learns from equal rewards
     """
-    if valid_G is None:
-        valid_G = torch.ones_like(rewards_G, dtype=torch.bool)
-    advantages_G = torch.zeros_like(rewards_G)
     if method == "reinforce":
-        advantages_G[valid_G] = rewards_G[valid_G]
-    elif not zero_variance(rewards_G, valid_G):
-        rewards_V = rewards_G[valid_G]
-        centred_V = rewards_V - rewards_V.mean()
-        if method == "grpo":
-            centred_V = centred_V / (rewards_V.std() + STD_EPS)
-        elif method == "rloo":
-            centred_V = centred_V * len(rewards_V) / (len(rewards_V) - 1)
-        advantages_G[valid_G] = centred_V
-    return advantages_G
+        return rewards_G.clone()
+    if zero_variance(rewards_G):
+        return torch.zeros_like(rewards_G)
+    centred_G = rewards_G - rewards_G.mean()
+    if method == "grpo":
+        return centred_G / (rewards_G.std() + STD_EPS)
+    if method == "rloo":
+        return centred_G * len(rewards_G) / (len(rewards_G) - 1)
+    return centred_G
 
 
-def zero_variance(rewards_G: torch.Tensor, valid_G: torch.Tensor | None = None) -> bool:
-    """Nothing to compare: all valid rewards are equal, or fewer than two are valid."""
-    rewards_V = rewards_G if valid_G is None else rewards_G[valid_G]
-    return len(rewards_V) < 2 or bool(rewards_V.min() == rewards_V.max())
+def zero_variance(rewards_G: torch.Tensor) -> bool:
+    """Nothing to compare: all rewards are equal, or there are fewer than two."""
+    return len(rewards_G) < 2 or bool(rewards_G.min() == rewards_G.max())

@@ -23,8 +23,7 @@ class TokenWeights:
     """One entry per sequence."""
 
     weights: tuple[float, ...]  # of each kept token
-    keep_lengths: tuple[int, ...]  # train on the first so many response tokens
-    overflow: tuple[int, ...]  # indices of the sequences of which nothing is kept: they may wait for the next step
+    keep_lengths: tuple[int, ...]  # train on the first so many response tokens; 0: nothing of this one
 
 
 def token_weights(
@@ -44,16 +43,15 @@ def token_weights(
         raise ValueError(f"one group id and at least one token per response: lengths {response_lengths}, group ids {group_ids}")
     keep = tuple(response_lengths)
     if method == "token":
-        return TokenWeights(tuple(1 / sum(keep) for _ in keep), keep, ())
+        return TokenWeights(tuple(1 / sum(keep) for _ in keep), keep)
     if method == "sequence":
         sizes = Counter(group_ids)
         weights = tuple(1 / (len(sizes) * sizes[group] * length) for group, length in zip(group_ids, keep, strict=True))
-        return TokenWeights(weights, keep, ())
+        return TokenWeights(weights, keep)
     if budget is None or budget < 1:
         raise ValueError(f"token_budget needs a budget of at least one token, not {budget}")
     keep = _fill(keep, budget)
-    overflow = tuple(index for index, kept in enumerate(keep) if not kept)
-    return TokenWeights(tuple(1 / budget if kept else 0.0 for kept in keep), keep, overflow)
+    return TokenWeights(tuple(1 / budget if kept else 0.0 for kept in keep), keep)
 
 
 def _fill(lengths: Sequence[int], budget: int) -> tuple[int, ...]:

@@ -64,6 +64,8 @@ def _steps(folder: Path) -> list[int]:
 
 def _examine(folder: Path) -> Found:
     manifest = _json(folder / MANIFEST)
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict) or {"step", "writer"} - set(manifest):
+        raise UserError(f"{folder / MANIFEST} is not a checkpoint's manifest", exit_code=1)
     for name, size in manifest["files"].items():
         file = folder / name
         if not file.exists():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal, Self
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from megatron_rl.config.algorithm import AlgorithmConfig
 from megatron_rl.config.base import Config
@@ -13,7 +13,7 @@ from megatron_rl.config.rollout import EngineConfig, RewardConfig, RolloutConfig
 
 
 class DirConfig(Config):
-    dir: str  # the run directory
+    dir: str = Field(min_length=1)  # the run directory
     seed: int = Field(default=0, ge=0)
     steps: PositiveInt
 
@@ -117,8 +117,8 @@ class EvalData(Config):
 
 
 class EvalRun(Config):
-    out: str  # directory of summary.json and responses.jsonl
-    checkpoint: str  # a Hugging Face directory
+    out: str = Field(min_length=1)  # directory of summary.json and responses.jsonl
+    checkpoint: str = Field(min_length=1)  # a Hugging Face directory
     data: EvalData
     engine: EngineConfig = EngineConfig()
     reward: RewardConfig = RewardConfig()
@@ -126,4 +126,3 @@ class EvalRun(Config):
     seed: int = Field(default=0, ge=0)
     max_prompt_tokens: PositiveInt = 1024
     max_response_tokens: PositiveInt = 4096
-    timeout_s: PositiveFloat = 3600.0

@@ -36,9 +36,21 @@ def _parse(line: bytes, where: str) -> dict[str, Any]:
         raise UserError(f"{where}: not UTF-8 ({error.reason} at byte {error.start})", exit_code=1) from None
     except json.JSONDecodeError as error:
         raise UserError(f"{where}: not valid JSON ({error.msg} at column {error.colno})", exit_code=1) from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, a nesting as deep
+        raise UserError(f"{where}: not readable JSON ({error})", exit_code=1) from None
+    if rb"\ud" in line.lower() and not _is_text(value):
+        raise UserError(f"{where}: half of a surrogate pair (\\ud...) is no text", exit_code=1)
     if not isinstance(value, dict):
         raise UserError(f"{where}: expected a JSON object, found {kind(value)}", exit_code=1)
     return value
+
+
+def _is_text(value: Any) -> bool:
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def field(row: dict[str, Any], key: str, expected: type, where: str) -> Any:

@@ -24,9 +24,14 @@ from typing import Any, NoReturn
 import aiohttp
 import orjson
 
+from megatron_rl.config.errors import UserError
 from megatron_rl.types import EngineLost, FinishReason, GenerateRequest, Progress, SamplingParams
 
 CONNECT_TIMEOUT_S = 10.0
+NOT_A_NUMBER = (
+    "the engine's log-probs under weights {version} are not numbers: training has diverged; "
+    "remove the newest checkpoints up to a good one and lower optimizer.lr"
+)
 
 
 class SglangEngine:
@@ -145,6 +150,8 @@ class SglangEngine:
                 self.lose(f"/generate: {event['error']['message']}")
             index = event["index"]
             return streams[index].take(event, aborted=rids[index] in self._aborted)
+        except UserError:  # the policy is ill, not the engine: another one would say the same
+            raise
         except (KeyError, IndexError, TypeError, ValueError) as error:
             self.lose(f"/generate sent nonsense: {_reason(error)}")
 
@@ -182,6 +189,8 @@ class _Stream:
                 f"{len(tokens)} tokens and {len(pairs)} log-probs as the next {count} of {self.request.rollout_id}, "
                 f"which had {len(self._versions)} of at most {self.request.max_new_tokens}"
             )
+        if any(logprob is None for logprob, _, _ in pairs):  # how JSON tells a NaN
+            raise UserError(NOT_A_NUMBER.format(version=meta.get("weight_versions") and meta["weight_versions"][-1]["version"]), 1)
         logprobs = tuple(logprob for logprob, _, _ in pairs)
         for token, (logprob, told, _) in zip(tokens, pairs, strict=True):
             if token != told or not 0 <= token < self._vocab_size or not math.isfinite(logprob):

@@ -14,6 +14,7 @@ import os
 import secrets
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -82,14 +83,16 @@ class SglangEngines:
         """On CUDA the servers give their device memory back. On a CPU there is nothing to give: SGLang's pools stay."""
         if self._device == "cuda":
             for engine in self.alive:
-                engine.call("/release_memory_occupation", {})
-                self._asleep.add(engine.name)
+                with suppress(EngineLost):  # it is not alive any more, and so `recover`'s
+                    engine.call("/release_memory_occupation", {})
+                    self._asleep.add(engine.name)
 
     def wake(self) -> None:
         for engine in self.alive:
             if engine.name in self._asleep:
-                engine.call("/resume_memory_occupation", {})
-                self._asleep.discard(engine.name)
+                with suppress(EngineLost):
+                    engine.call("/resume_memory_occupation", {})
+                    self._asleep.discard(engine.name)
 
     def stop(self) -> None:
         """By SIGKILL: a server holds nothing that is worth keeping, and SGLang looks at a SIGTERM only every five seconds."""

@@ -14,11 +14,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Coroutine, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from megatron_rl.config import UserError
 from megatron_rl.loops.serial import from_json, to_json
 from megatron_rl.loops.signals import StopFlag
 from megatron_rl.ports import Engine, Engines, Prompts, Rewards
@@ -95,9 +96,15 @@ class Conductor:
             "rollouts": [to_json(rollout) for rollout in self.rollouts.values()],
             "scored": [to_json(group) for group in self.scored],
             "prompts": self.prompts.state_dict(),
+            "group_size": self.settings.group_size,
+            "max_response_tokens": self.sampling.max_response_tokens,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Raises UserError where a setting has changed that the carried rollouts depend on."""
+        for key, now in (("group_size", self.settings.group_size), ("max_response_tokens", self.sampling.max_response_tokens)):
+            if state[key] != now:
+                raise UserError(f"rollout.{key}={now}: the rollouts that the checkpoint carries were begun with {state[key]}")
         self.state = sched.State.from_json(state["scheduler"])
         self.rollouts = {rollout.id: rollout for rollout in (from_json(Rollout, value) for value in state["rollouts"])}
         self.scored = [from_json(Group, value) for value in state["scored"]]
@@ -117,8 +124,9 @@ class _PhaseWork:
     async def run(self, version: int) -> Literal["done", "no_engine", "stopped"]:
         c = self.c
         if c.stop.requested:
+            self._apply([sched.Stop()])  # of a phase that ran out of engines; nothing else is running yet
             return "stopped"
-        if c.state.phase == "idle":  # else a phase that ran out of engines goes on
+        if c.state.phase == "idle":  # else that phase goes on
             self._apply([sched.PhaseStarted(version)])
         watcher = asyncio.create_task(self._watch_for_stop())
         try:
@@ -141,10 +149,11 @@ class _PhaseWork:
         return running or f"{len(self.tasks)} unfinished scores"
 
     def _apply(self, events: Iterable[sched.Event]) -> None:
-        queue = list(events)
+        """An action's answers come before the next event: an offer must not outlive the phase that wanted it."""
+        queue = deque(events)
         while queue:
-            for action in sched.step(self.c.state, queue.pop(0), self.c.settings):
-                queue.extend(self._do(action))
+            actions = sched.step(self.c.state, queue.popleft(), self.c.settings)
+            queue.extendleft(reversed([answer for action in actions for answer in self._do(action)]))
 
     def _do(self, action: sched.Action) -> list[sched.Event]:
         c = self.c
@@ -158,7 +167,8 @@ class _PhaseWork:
                 c._waiting.append(rollout_id)
             case sched.StopAll():
                 held_back, c._waiting = c._waiting, []
-                self._spawn(self._abort_until_quiet())
+                if any(self.in_flight.values()):
+                    self._spawn(self._abort_until_quiet())
                 return [sched.Interrupted(rollout_id) for rollout_id in held_back]
             case sched.Restart(rollout_id):
                 old = c.rollouts[rollout_id]

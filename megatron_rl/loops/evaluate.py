@@ -70,6 +70,8 @@ class Evaluator:
 
     async def _judged(self, sampling: SamplingParams, samples: int, forced: bool) -> list[tuple[Rollout, Score]]:
         engines = list(self.engines.alive)
+        if not engines:
+            raise EngineLost("no engine is alive")
         prefixes = {p.id: tuple(self.encode(p.metadata["forced_prefix"])) if forced else () for p in self.prompts}
         started = {
             rollout.id: rollout
@@ -78,7 +80,13 @@ class Evaluator:
             for rollout in [started_rollout(prompt, sample, prefixes[prompt.id])]
         }
         shares = [list(started.values())[i :: len(engines)] for i in range(len(engines))]
-        done = await asyncio.gather(*(run_to_end(e, share, sampling) for e, share in zip(engines, shares, strict=True) if share))
+        runs = [asyncio.create_task(run_to_end(e, share, sampling)) for e, share in zip(engines, shares, strict=True) if share]
+        try:
+            done = await asyncio.gather(*runs)
+        except EngineLost:  # the others must be quiet before the next push
+            await asyncio.gather(*(engine.abort() for engine in self.engines.alive), return_exceptions=True)
+            await asyncio.gather(*runs, return_exceptions=True)
+            raise
         finished = {rollout.id: rollout for share in done for rollout in share}
         rollouts = [finished[rollout_id] for rollout_id in started]
         return list(zip(rollouts, await self.rewards.score(rollouts), strict=True))

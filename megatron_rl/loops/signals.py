@@ -11,6 +11,7 @@ class StopFlag:
 
     def __init__(self) -> None:
         self.requested = False
+        self._number = signal.SIGTERM.value
 
     def install(self) -> StopFlag:
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -18,4 +19,9 @@ class StopFlag:
         return self
 
     def _request(self, number: int, frame: FrameType | None) -> None:
-        self.requested = True
+        self.requested, self._number = True, number
+
+    def exit_if_requested(self, complete: bool) -> None:
+        """An incomplete run ends as the signal would have ended it: what comes after it in a script must not run."""
+        if not complete:
+            raise SystemExit(128 + self._number)

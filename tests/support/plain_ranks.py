@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 from typing import Any
 
 import torch.distributed as dist
@@ -10,6 +11,7 @@ import torch.distributed as dist
 class PlainRanks:
     def __init__(self) -> None:
         dist.init_process_group("gloo")
+        atexit.register(dist.destroy_process_group)  # gloo's threads must have ended before the interpreter does
         self.rank = self.dp_rank = dist.get_rank()
         self.world_size = self.dp_size = dist.get_world_size()
 

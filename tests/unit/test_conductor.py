@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 from fakes import CountedPrompts, ParityRewards, ScriptedEngine, ScriptedEngines, length_of
 
+from megatron_rl.config import UserError
 from megatron_rl.loops.conductor import Conductor, Phase
 from megatron_rl.loops.signals import StopFlag
 from megatron_rl.scheduler.c3po_pp import Settings
@@ -102,6 +103,36 @@ def test_a_rollout_that_is_cut_at_its_very_end_is_finished(runner: asyncio.Runne
     for group in phase.groups:
         assert [r.finish_reason for r in group.rollouts] == ["stop", "length", "length", "length"]
         assert [len(r.tokens) for r in group.rollouts] == [7, 64, 64, 64]
+
+
+def test_a_phase_may_end_with_the_batch_of_messages_that_ends_its_last_rollouts(runner: asyncio.Runner) -> None:
+    """Three tokens each, all in one message: the answers to the scheduler's wants must not come after the end of the phase."""
+    engines = ScriptedEngines([ScriptedEngine("a", prompt_tokens=2, length=lambda _: 3)])
+    c = conductor(runner, engines, token_budget=50)
+    groups = [group for version in range(4) for group in c.phase(version).groups]
+    assert len(groups) == len({group.id for group in groups}) >= 20
+
+
+def test_a_stop_while_no_engine_is_alive_loses_nothing(runner: asyncio.Runner) -> None:
+    engines = two_engines()
+    for engine in engines.engines:
+        engine.dies_after = 2
+    c = conductor(runner, engines)
+    assert c.phase(0).status == "no_engine"
+    c.stop.requested = True
+    assert c.phase(0).status == "stopped"
+    other = conductor(runner, two_engines())
+    other.load_state_dict(json.loads(json.dumps(c.state_dict())))
+    phase = other.phase(0)
+    assert phase.status == "done"
+    check_groups(phase)
+
+
+def test_carried_rollouts_refuse_another_group_size(runner: asyncio.Runner) -> None:
+    c = conductor(runner, two_engines())
+    c.phase(0)
+    with pytest.raises(UserError, match=r"rollout.group_size=2: .* begun with 4"):
+        conductor(runner, two_engines(), group_size=2).load_state_dict(c.state_dict())
 
 
 def test_without_engines_the_phase_waits_to_go_on(runner: asyncio.Runner) -> None:

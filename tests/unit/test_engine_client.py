@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from aiohttp import web
 
+from megatron_rl.config.errors import UserError
 from megatron_rl.engine.client import SglangEngine
 from megatron_rl.types import EngineLost, GenerateRequest, Progress, SamplingParams
 
@@ -254,7 +255,6 @@ async def _is_silent(request: web.Request, body: dict[str, Any], reply: Reply) -
         (_reports_an_error, "input is too long"),
         (_misses_a_logprob, "2 tokens and 1 log-probs"),
         (_has_a_logprob_of_another_token, "token 1 with log-prob -0.1 of token 2"),
-        (_has_no_logprob, "nonsense"),
         (_invents_a_token, "token 64"),
         (_generates_too_much, "at most 4"),
         (_skips_a_token, "as the next 2"),
@@ -273,6 +273,11 @@ def test_a_faulty_server_is_an_engine_lost_that_names_the_cause(handler: Handler
     assert cause in str(caught.value)
     got = caught.value.got["0:a#1"]  # type: ignore[attr-defined]
     assert [m.tokens for m in got] in ([], [(1,)])  # what came whole before the fault is valid
+
+
+def test_a_logprob_that_is_no_number_is_the_policys_fault_not_the_engines() -> None:
+    with pytest.raises(UserError, match="training has diverged"):
+        run(_has_no_logprob, timeout_s=0.5)
 
 
 def test_a_server_that_is_not_there_is_an_engine_lost() -> None:
