@@ -32,6 +32,12 @@ PROGRESS_S = 10.0  # between two lines that say what we wait for
 START_ATTEMPTS = 3
 
 
+class StartFailed(EngineLost):
+    def __init__(self, message: str, by_signal: bool = False) -> None:
+        super().__init__(message)
+        self.by_signal = by_signal  # somebody killed it: it may well start the next time
+
+
 class SglangEngines:
     """Implements `ports.Engines`."""
 
@@ -50,34 +56,37 @@ class SglangEngines:
         return [engine for process, engine in self._servers.values() if process.exit_code is None and engine.lost is None]
 
     def start(self) -> None:
-        self._check_ports()
-        self._launch(list(range(self._config.count)))
+        self.recover()
 
     def recover(self) -> list[str]:
-        if not self._servers:
-            self.start()
-            return [engine.name for engine in self.alive]
-        restarted: list[str] = []
+        first = not self._servers
+        if first:
+            self._check_ports()
+        started: list[str] = []
         for attempt in range(1, START_ATTEMPTS + 1):
             alive = {engine.name for engine in self.alive}
             dead = [index for index in range(self._config.count) if _name(index) not in alive]
             if not dead:
                 break
-            self._restarts += len(dead)
-            if self._restarts > self._config.max_restarts:
-                raise EngineLost(f"{_name(dead[0])} died, and engine.max_restarts={self._config.max_restarts} are used up")
-            for index in dead:
-                process, engine = self._servers[_name(index)]
-                log.warning("restarting %s: %s", engine.name, engine.lost or f"it ended with {process.exit_code}")
-                process.kill()
+            self._bury([_name(index) for index in dead if _name(index) in self._servers])
             try:
                 self._launch(dead)
-            except EngineLost as error:
-                if attempt == START_ATTEMPTS:
+            except StartFailed as error:
+                if attempt == START_ATTEMPTS or (first and not error.by_signal):  # it would not start the next time either
                     raise
                 log.warning("%s", error)
-            restarted += [_name(index) for index in dead]
-        return sorted(set(restarted))
+            started += [_name(index) for index in dead]
+        return sorted(set(started))
+
+    def _bury(self, names: Sequence[str]) -> None:
+        """End what is left of dead servers; each counts as a restart."""
+        self._restarts += len(names)
+        if self._restarts > self._config.max_restarts:
+            raise EngineLost(f"{names[0]} died, and engine.max_restarts={self._config.max_restarts} are used up")
+        for name in names:
+            process, engine = self._servers[name]
+            log.warning("restarting %s: %s", name, engine.lost or f"it ended with {process.exit_code}")
+            process.kill()
 
     def sleep(self) -> None:
         """On CUDA the servers give their device memory back. On a CPU there is nothing to give: SGLang's pools stay."""
@@ -147,13 +156,14 @@ class SglangEngines:
             for name in list(waiting):
                 process, engine = self._servers[name]
                 if process.exit_code is not None:
-                    raise EngineLost(f"{name} ended with {process.exit_code} as it started; last words:\n{process.last_words()}")
+                    message = f"{name} ended with {process.exit_code} as it started; last words:\n{process.last_words()}"
+                    raise StartFailed(message, by_signal=process.exit_code < 0)
                 if engine.answers():
                     waiting.remove(name)
             now = time.monotonic()
             if waiting and now - started > self._config.startup_timeout_s:
                 name = waiting[0]
-                raise EngineLost(
+                raise StartFailed(
                     f"{name} does not answer after engine.startup_timeout_s={self._config.startup_timeout_s:g}; "
                     f"last words:\n{self._servers[name][0].last_words()}"
                 )
