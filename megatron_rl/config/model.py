@@ -13,12 +13,13 @@ class MoeConfig(Config):
     num_experts: PositiveInt
     top_k: PositiveInt
     ffn_hidden_size: PositiveInt
-    num_shared_experts: int = Field(default=1, ge=0)
+    num_shared_experts: int = Field(default=1, ge=0)  # fused into one of that many times the width
     first_dense_layers: int = Field(default=1, ge=0)
     num_groups: PositiveInt = 1
     topk_groups: PositiveInt = 1
     routed_scaling_factor: PositiveFloat = 1.0
     score_function: Literal["sigmoid", "softmax"] = "sigmoid"
+    norm_topk_prob: bool = True  # the chosen experts' weights sum to 1, before the scaling factor
     expert_bias: bool = True
     expert_bias_update_rate: float = Field(default=0.0, ge=0.0)  # 0: frozen, as in Ring-1T's RL
 
@@ -35,23 +36,56 @@ class MoeConfig(Config):
                 f"top_k={self.top_k} is not 2 x topk_groups={self.topk_groups}: Megatron-Core scores a group by its best "
                 f"top_k / topk_groups experts (moe_utils.py, group_limited_topk), Ling and SGLang by its best two"
             )
+        if self.score_function == "sigmoid" and not self.norm_topk_prob:
+            raise ValueError("norm_topk_prob=false: Megatron-Core always normalises sigmoid scores (moe_utils.py)")
+        if self.score_function == "softmax" and self.expert_bias:
+            raise ValueError("expert_bias=true: Megatron-Core has it with score_function=sigmoid only")
         return self
 
 
+class MlaConfig(Config):
+    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434)."""
+
+    q_lora_rank: PositiveInt | None  # null: queries are projected at once
+    kv_lora_rank: PositiveInt
+    qk_nope_head_dim: PositiveInt
+    qk_rope_head_dim: PositiveInt
+    v_head_dim: PositiveInt
+
+
+class YarnConfig(Config):
+    """Rotary embedding beyond the trained length (arXiv 2309.00071), in the words of config.json's rope_scaling."""
+
+    factor: PositiveFloat
+    original_max_position_embeddings: PositiveInt
+    beta_fast: PositiveFloat = 32.0
+    beta_slow: PositiveFloat = 1.0
+    mscale: float = 1.0
+    mscale_all_dim: float = 0.0
+
+
+Family = Literal["bailing_moe_v2", "bailing_moe", "qwen3_moe", "qwen3", "qwen2", "deepseek_v3"]
+
+
 class ModelConfig(Config):
-    family: Literal["bailing_moe_v2"] = "bailing_moe_v2"
-    init_from: str | None = None  # a Hugging Face checkpoint to start from; null: seeded random weights
+    family: Family = "bailing_moe_v2"
+    init_from: str | None = None  # a Hugging Face or Megatron checkpoint to start from; null: seeded random weights
     vocab_size: PositiveInt
     hidden_size: PositiveInt
     num_layers: PositiveInt
     num_attention_heads: PositiveInt
     num_kv_heads: PositiveInt
-    head_dim: PositiveInt
+    head_dim: PositiveInt  # of queries and keys; with mla its qk_nope_head_dim + qk_rope_head_dim
     ffn_hidden_size: PositiveInt  # of the dense layers
     moe: MoeConfig | None = None
+    mla: MlaConfig | None = None
+    num_mtp_layers: int = Field(default=0, ge=0)  # multi-token prediction: frozen here, carried from checkpoint to checkpoint
     qk_norm: bool = True
+    qkv_bias: bool = False
+    norm_head: bool = False  # logits from lm_head.weight with columns of length 1 (Ling-lite)
     rotary_base: PositiveFloat = 600_000.0
     rotary_percent: float = Field(default=0.5, gt=0.0, le=1.0)  # HF: partial_rotary_factor; no silent 1.0
+    rope_scaling: YarnConfig | None = None
     max_position_embeddings: PositiveInt = 32_768
     rms_norm_eps: PositiveFloat = 1e-6
     tie_embeddings: bool = False
@@ -59,12 +93,24 @@ class ModelConfig(Config):
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on CUDA, float32 on CPU
 
     @model_validator(mode="after")
-    def _heads(self) -> Self:
+    def _parts(self) -> Self:
         if self.num_attention_heads % self.num_kv_heads:
             raise ValueError(f"num_attention_heads={self.num_attention_heads} is not divisible by num_kv_heads={self.num_kv_heads}")
         if self.moe and self.moe.first_dense_layers > self.num_layers:
             raise ValueError(f"moe.first_dense_layers={self.moe.first_dense_layers} is more than num_layers={self.num_layers}")
+        if self.mla and self.head_dim != self.mla.qk_nope_head_dim + self.mla.qk_rope_head_dim:
+            raise ValueError(f"head_dim={self.head_dim} is not mla.qk_nope_head_dim + mla.qk_rope_head_dim")
+        if self.mla and self.num_kv_heads != self.num_attention_heads:
+            raise ValueError(f"num_kv_heads={self.num_kv_heads}: with mla every head has keys of its own")
+        if self.rope_scaling and not self.mla:
+            raise ValueError("rope_scaling: only with mla")
+        if self.tie_embeddings and self.norm_head:
+            raise ValueError("norm_head=true with tie_embeddings=true")
         return self
+
+    def padded_vocab_size(self, tp: int) -> int:
+        """What tensor-parallel ranks hold together: the padding has no tokens and no probability."""
+        return -(-self.vocab_size // tp) * tp
 
 
 class ParallelConfig(Config):
@@ -74,6 +120,7 @@ class ParallelConfig(Config):
     tp: PositiveInt = 1
     pp: PositiveInt = 1
     vpp: PositiveInt = 1  # model chunks per pipeline rank
+    layers_per_stage: tuple[PositiveInt, ...] | None = None  # of every chunk, in the model's order; null: all the same
     cp: PositiveInt = 1
     ep: PositiveInt = 1
     etp: PositiveInt = 1
@@ -82,6 +129,10 @@ class ParallelConfig(Config):
     overlap_grad_reduce: bool = False
     microbatch_tokens: PositiveInt = 8192  # packed tokens per microbatch and replica; a longer sequence gets one of its own
     timeout_s: PositiveFloat = 7200.0  # of one collective; the other ranks wait in one while rank 0 generates
+
+    def stages(self, num_layers: int) -> tuple[int, ...]:
+        """How many layers every chunk has, in the model's order: chunk c lies on pipeline rank c % pp."""
+        return self.layers_per_stage or (num_layers // (self.pp * self.vpp),) * (self.pp * self.vpp)
 
     def check(self, world_size: int, model: ModelConfig) -> None:
         """Refuse an impossible layout. Raises ValueError naming the key."""
@@ -96,11 +147,22 @@ class ParallelConfig(Config):
             ("tp", model.num_attention_heads, self.tp, "model.num_attention_heads"),
             ("tp", model.num_kv_heads, self.tp, "model.num_kv_heads"),
             ("tp", model.ffn_hidden_size, self.tp, "model.ffn_hidden_size"),
-            ("tp", model.vocab_size, self.tp, "model.vocab_size"),
-            ("pp", model.num_layers, self.pp * self.vpp, "model.num_layers"),
         ):
             if value % by:
                 raise ValueError(f"parallel.{key}: {what}={value} is not divisible by {by}")
+        stages = self.pp * self.vpp
+        if self.layers_per_stage is None and model.num_layers % stages:
+            many, few = model.num_layers % stages, stages - model.num_layers % stages
+            example = [model.num_layers // stages + 1] * many + [model.num_layers // stages] * few
+            raise ValueError(
+                f"parallel.pp: model.num_layers={model.num_layers} is not divisible by {stages} stages; "
+                f"parallel.layers_per_stage={example} would do"
+            )
+        if self.layers_per_stage and (len(self.layers_per_stage) != stages or sum(self.layers_per_stage) != model.num_layers):
+            raise ValueError(
+                f"parallel.layers_per_stage={list(self.layers_per_stage)} has to name {stages} stages (pp x vpp) "
+                f"of {model.num_layers} layers together"
+            )
         if self.vpp > 1 and self.pp == 1:
             raise ValueError("parallel.vpp: more than one chunk per rank needs parallel.pp > 1")
         if self.sequence_parallel and self.tp == 1:
