@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mappi
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from megatron_rl.types import GenerateRequest, Group, Progress, Prompt, Rollout, Score
+from megatron_rl.types import GenerateRequest, Group, Intake, Manifest, Progress, Prompt, Rollout, Score
 
 if TYPE_CHECKING:
     import torch
@@ -68,15 +68,21 @@ class WeightSync(Protocol):
 
 
 class WeightSink(Protocol):
-    """The engines' side of a push."""
+    """The engines' side of a push: `begin`, `send` for each bucket of the manifest in its order, `end`. After an error in between
+    the engines are on no version until the next push, which starts over."""
 
-    def begin(self) -> None: ...
+    def begin(self, manifest: Manifest) -> Intake:
+        """Open the push. Each server process is asked once, before its first byte, whether it takes every tensor of the manifest
+        and is then written completely, each element once; if not, a UserError names the tensors and nothing has changed."""
 
     def send(self, bucket: Sequence[tuple[str, torch.Tensor]]) -> None:
-        """Full tensors by Hugging Face name; the memory may be reused after the return."""
+        """Full tensors by Hugging Face name, best in the type that `Intake.dtypes` names; the memory may be reused after the
+        return. Raises EngineLost naming the engine that refused, died or did not answer in time."""
 
-    def end(self, version: int) -> None:
-        """Commit: flush caches, stamp `version`; raises EngineLost naming the engine that did not confirm."""
+    def end(self, version: int, checksums: Mapping[str, int] | None = None) -> None:
+        """Commit: flush caches, stamp `version`; raises EngineLost naming the engine that did not confirm. With `checksums`
+        (megatron_rl.checksum of each full tensor, in the type that `Intake.dtypes` names) what the engines hold is compared
+        first; a difference is a RuntimeError that names the tensors."""
 
 
 class Engine(Protocol):

@@ -6,7 +6,7 @@ was sampled, `old_logprobs` come from the policy at the step's starting weights,
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -113,6 +113,26 @@ class GenerateRequest:
     tokens: tuple[int, ...]
     max_new_tokens: int
     sampling: SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """A tensor of a weight push: its Hugging Face name, full shape and type as sent ("bfloat16")."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+
+Manifest = Sequence[Sequence[TensorSpec]]  # of a push, bucket by bucket: some engines only take certain tensors together
+
+
+@dataclass(frozen=True, slots=True)
+class Intake:
+    """What the engines answered to a manifest."""
+
+    dtypes: Mapping[str, str]  # the type each tensor is held in; a name that is missing is of no use to them: do not send it
+    has_all: bool  # all have taken a whole push before, so that what has not changed since may stay away
 
 
 class EngineLost(RuntimeError):

@@ -10,8 +10,13 @@ from megatron_rl.config.base import Config
 
 
 class SyncConfig(Config):
+    """A push of the policy's weights into the engines."""
+
     bucket_mb: PositiveFloat = 256.0
-    timeout_s: PositiveFloat = 600.0
+    timeout_s: PositiveFloat = 600.0  # of each step of a push: joining, a bucket, the commit
+    verify: bool = False  # after each push, compare a checksum of every tensor with what the engines hold
+    transport: Literal["auto", "shared_memory", "group"] = "auto"  # shared memory (on CUDA: IPC), or a process group
+    quantize: Literal["none", "fp8"] = "none"  # fp8: float8_e4m3fn in blocks of 128 x 128, for engines that serve such checkpoints
 
 
 class EngineConfig(Config):
