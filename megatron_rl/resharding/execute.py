@@ -24,7 +24,7 @@ from megatron_rl.ports import Ranks, WeightSink
 from megatron_rl.resharding.families import names_of
 from megatron_rl.resharding.names import Shape
 from megatron_rl.resharding.plan import ITEM_BYTES, Bucket, Shard, make_plan
-from megatron_rl.types import EngineLost
+from megatron_rl.types import EngineLost, TensorSpec
 
 Tensors = Sequence[tuple[str, torch.Tensor]]
 Shards = Mapping[str, torch.Tensor]  # by Megatron name
@@ -112,12 +112,14 @@ class PushToEngines:
         self._resharder, self._sink = resharder, sink
 
     def push(self, version: int) -> None:
-        self._resharder.deliver(_bracket(self._sink, version) if self._sink else None)
+        self._resharder.deliver(_bracket(self._sink, self._resharder.buckets, version) if self._sink else None)
 
 
 @contextmanager
-def _bracket(sink: WeightSink, version: int) -> Iterator[Consume]:
-    sink.begin()
+def _bracket(sink: WeightSink, buckets: Sequence[Bucket], version: int) -> Iterator[Consume]:
+    sink.begin(
+        [[TensorSpec(*named, item.dtype) for item in b.items for named in zip(item.hf, item.shapes, strict=True)] for b in buckets]
+    )
     yield sink.send
     sink.end(version)
 
@@ -132,10 +134,9 @@ def _packet(bucket: Bucket, source: int, device: torch.device) -> tuple[torch.Te
 def _assemble(bucket: Bucket, shards: Mapping[int, Shards], buffer: torch.Tensor) -> Tensors:
     tensors, at = [], 0
     for item in bucket.items:
-        views = []
-        for _ in item.hf:
-            views.append(_view(buffer, at, item.shape, item.dtype))
-            at += item.nbytes // len(item.hf)
+        places = zip(item.offsets, item.shapes, strict=False)
+        views = [_view(buffer, at + offset, shape, item.dtype) for offset, shape in places]
+        at += item.nbytes
         for piece in item.pieces:
             shard = shards[piece.rank][piece.name]
             for span in piece.spans:

@@ -48,6 +48,7 @@ def check_config(path: Path, model: ModelConfig) -> None:
     except ValueError as error:
         raise UserError(f"{file}: {error}", exit_code=1) from None
     theirs.pop("max_position_embeddings")  # a run may train on shorter sequences, and no tensor depends on it
+    theirs.pop("num_mtp_layers", None)  # a run may leave them out; that they are there shows in the tensors
     wrong = list(_differences("model", theirs, model.model_dump()))
     if wrong:
         raise UserError(f"{file} disagrees with the configured model: {'; '.join(wrong)}", exit_code=1)
@@ -153,8 +154,8 @@ def _open(path: Path, stack: ExitStack) -> dict[str, Any]:
 
 def _check_tensors(path: Path, found: Mapping[str, Shape], wanted: Mapping[str, Shape], model: ModelConfig) -> None:
     prediction = [name for name in found if name.startswith(f"model.layers.{model.num_layers}.")]
-    if prediction and _json(path / "config.json").get("num_nextn_predict_layers"):
-        log.info("%s: leaving out %d tensors of its multi-token-prediction layer", path, len(prediction))
+    if prediction and not model.num_mtp_layers and _json(path / "config.json").get("num_nextn_predict_layers"):
+        log.info("%s: leaving out %d tensors of its multi-token-prediction layer (model.num_mtp_layers=0)", path, len(prediction))
         found = {name: shape for name, shape in found.items() if name not in set(prediction)}
     problems = []
     if missing := sorted(wanted.keys() - found.keys()):

@@ -5,6 +5,9 @@ tensor-parallel ranks in this way. Everything else follows from it: which tensor
 which file a rank reads, where a shard's ranges lie in the full tensors. No data is ever transposed or computed with, so both
 directions are copies of `Span`s and a round trip is bitwise.
 
+A multi-token-prediction layer is one more layer in Hugging Face's numbering, and a table speaks of it as such; Megatron's
+`mtp.layers.0.` is layer `num_layers`.
+
 Invariants:
 - names and shapes of a model are exactly those of its family's published checkpoint;
 - the spans of all shards of a parameter cover every element of its Hugging Face tensors exactly once;
@@ -21,9 +24,12 @@ from typing import Any, Literal
 from megatron_rl.config.model import ModelConfig
 
 Shape = tuple[int, ...]
-Where = Literal["model", "layer", "dense", "moe"]
+Where = Literal["model", "layer", "dense", "moe", "mtp"]
 Split = Literal["column", "row", "vocab", "replicated"]
-Transform = Literal["copy", "gate_up", "qkv"]
+
+
+def always(model: ModelConfig) -> bool:
+    return True
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,11 +41,12 @@ class Rule:
 
     hf: tuple[str, ...]
     megatron: tuple[str, ...]
-    shape: tuple[str, ...]  # of each Hugging Face tensor, in the words of `dimensions`
+    shapes: tuple[str, ...]  # of each Hugging Face tensor, in the words of `dimensions`: "ffn hidden"
     split: Split
-    transform: Transform = "copy"
-    where: Where = "layer"  # once a model, in every layer, in its dense or in its MoE layers
-    when: Callable[[ModelConfig], bool] = lambda model: True
+    where: Where = "layer"  # once a model, in every layer, in its dense, MoE or multi-token-prediction layers
+    when: Callable[[ModelConfig], bool] = always
+    grouped: bool = False  # Megatron interleaves queries, keys and values per KV group
+    copy: bool = False  # the checkpoint repeats a parameter that another rule brings
 
     @property
     def per_expert(self) -> bool:
@@ -61,7 +68,9 @@ class Parameter:
 
     rule: Rule
     hf: tuple[str, ...]
-    shape: Shape  # of each Hugging Face tensor
+    shapes: tuple[Shape, ...]  # of each Hugging Face tensor
+    layer: int | None
+    source: str  # the first Hugging Face name of the parameter that this one copies; its own where it is no copy
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,15 +85,25 @@ class Span:
 
 
 def dimensions(model: ModelConfig) -> dict[str, int]:
-    q, kv = model.num_attention_heads * model.head_dim, model.num_kv_heads * model.head_dim
+    heads, q, kv = model.num_attention_heads, model.num_attention_heads * model.head_dim, model.num_kv_heads * model.head_dim
     sizes = {
         "vocab": model.vocab_size,
         "hidden": model.hidden_size,
+        "2hidden": 2 * model.hidden_size,
         "head": model.head_dim,
         "q": q,
+        "kv": kv,
         "q+k+v": q + 2 * kv,
         "ffn": model.ffn_hidden_size,
     }
+    if model.mla:
+        sizes |= {
+            "q_lora": model.mla.q_lora_rank or 0,
+            "kv_lora": model.mla.kv_lora_rank,
+            "kv_lora+rope": model.mla.kv_lora_rank + model.mla.qk_rope_head_dim,
+            "k+v": heads * (model.mla.qk_nope_head_dim + model.mla.v_head_dim),
+            "v": heads * model.mla.v_head_dim,
+        }
     if model.moe:
         sizes |= {
             "experts": model.moe.num_experts,
@@ -100,19 +119,23 @@ class Names:
     def __init__(self, rules: tuple[Rule, ...], model: ModelConfig) -> None:
         self.model = model
         self._rules = [rule for rule in rules if rule.when(model)]
-        self._by_megatron = {_key(pattern): rule for rule in self._rules for pattern in rule.megatron}
+        self._by_megatron = {_key(pattern): rule for rule in self._rules if not rule.copy for pattern in rule.megatron}
         self.parameters = {parameter.hf[0]: parameter for parameter in self._enumerate()}
 
     @property
     def hf_shapes(self) -> dict[str, Shape]:
         """Every tensor of the model's Hugging Face checkpoint."""
-        return {name: parameter.shape for parameter in self.parameters.values() for name in parameter.hf}
+        return {
+            name: shape
+            for parameter in self.parameters.values()
+            for name, shape in zip(parameter.hf, parameter.shapes, strict=True)
+        }
 
     def resolve(self, megatron: str) -> Parameter:
         """The parameter that a Megatron name with global layer and expert numbers stands for; ValueError for a stranger."""
-        rule = self._by_megatron.get(_key(megatron))
-        numbers = [int(number) for number in _NUMBER.findall(megatron)]
-        first = _fill(rule.hf[0], numbers) if rule else ""
+        plain = _MTP.sub(lambda match: f"decoder.layers.{self.model.num_layers + int(match[1])}.", megatron)
+        rule = self._by_megatron.get(_key(plain))
+        first = _fill(rule.hf[0], [int(number) for number in _NUMBER.findall(plain)]) if rule else ""
         if first not in self.parameters:
             raise ValueError(f"{megatron}: no such parameter in a {self.model.family} model of this configuration")
         return self.parameters[first]
@@ -123,16 +146,17 @@ class Names:
         if rule.split == "replicated":
             shard, shards = 0, 1
         axis = 1 if rule.split == "row" else 0
-        size = parameter.shape[axis]
-        if rule.transform == "qkv":
-            blocks = _kv_groups(self.model, shard, shards)
-        else:
-            block = local[axis] // len(parameter.hf)
-            start = shard * block
-            blocks = [(tensor, start, max(0, min(block, size - start))) for tensor in range(len(parameter.hf))]
-        full = [size * len(parameter.hf) if axis == i else n for i, n in enumerate(parameter.shape)]
-        if not _fits(rule, list(local), full, axis, shards):
+        sizes = [shape[axis] for shape in parameter.shapes]
+        if not _fits(rule, local, parameter.shapes[0], axis, sum(sizes), shards):
+            full = [sum(sizes) if i == axis else n for i, n in enumerate(parameter.shapes[0])]
             raise ValueError(f"a shard of {' + '.join(parameter.hf)} has shape {list(local)}; {shards} of them cannot make {full}")
+        if rule.grouped:
+            blocks = _kv_groups(self.model, len(sizes), shard, shards)
+        elif rule.split == "vocab":
+            start = shard * local[0]
+            blocks = [(0, start, max(0, min(local[0], sizes[0] - start)))]
+        else:
+            blocks = [(tensor, shard * size // shards, size // shards) for tensor, size in enumerate(sizes)]
         spans, at = [], 0
         for tensor, start, length in blocks:
             if length:
@@ -142,23 +166,28 @@ class Names:
 
     def _enumerate(self) -> Iterator[Parameter]:
         sizes, moe = dimensions(self.model), self.model.moe
-        first_moe_layer = moe.first_dense_layers if moe else self.model.num_layers
-        layers = range(self.model.num_layers)
+        layers = range(self.model.num_layers + self.model.num_mtp_layers)
+        first_moe_layer = moe.first_dense_layers if moe else len(layers)
         places: dict[Where, Sequence[int | None]] = {
             "model": [None],
             "layer": layers,
             "dense": layers[:first_moe_layer],
             "moe": layers[first_moe_layer:],
+            "mtp": layers[self.model.num_layers :],
         }
         for layer in (None, *layers):
             for rule in self._rules:
+                if layer not in places[rule.where]:
+                    continue
+                shapes = tuple(tuple(sizes[word] for word in shape.split()) for shape in rule.shapes)
                 for expert in range(moe.num_experts) if moe and rule.per_expert else [None]:
-                    if layer in places[rule.where]:
-                        numbers = [number for number in (layer, expert) if number is not None]
-                        names = tuple(_fill(pattern, numbers) for pattern in rule.hf)
-                        yield Parameter(rule, names, tuple(sizes[word] for word in rule.shape))
+                    numbers = [number for number in (layer, expert) if number is not None]
+                    names = tuple(_fill(pattern, numbers) for pattern in rule.hf)
+                    source = self._by_megatron[_key(rule.megatron[0])].hf[0] if rule.copy else names[0]
+                    yield Parameter(rule, names, shapes, layer, source)
 
 
+_MTP = re.compile(r"^mtp\.layers\.(\d+)\.(?:transformer_layer\.)?")
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)|(?<=\.weight)\d+$")  # layers.7. and experts.linear_fc1.weight12, but not linear_fc1
 
 
@@ -170,19 +199,18 @@ def _fill(pattern: str, numbers: list[int]) -> str:
     return pattern.format(**dict(zip(("layer", "expert"), numbers, strict=False)))
 
 
-def _kv_groups(model: ModelConfig, shard: int, shards: int) -> list[tuple[int, int, int]]:
-    """Megatron interleaves per KV group [its queries, key, value]; Hugging Face has [all Q, all K, all V]."""
+def _kv_groups(model: ModelConfig, tensors: int, shard: int, shards: int) -> list[tuple[int, int, int]]:
+    """Megatron interleaves per KV group [its queries, key, value]; Hugging Face has [all Q, all K, all V], in one tensor or three."""
     groups, dim = model.num_kv_heads, model.head_dim
     queries = model.num_attention_heads // groups * dim
-    keys, values = groups * queries, groups * queries + groups * dim
+    k, keys, v, values = (1, 0, 2, 0) if tensors == 3 else (0, groups * queries, 0, groups * (queries + dim))
     mine = range(shard * groups // shards, (shard + 1) * groups // shards)
-    return [
-        block for g in mine for block in ((0, g * queries, queries), (0, keys + g * dim, dim), (0, values + g * dim, dim))
-    ]
+    return [block for g in mine for block in ((0, g * queries, queries), (k, keys + g * dim, dim), (v, values + g * dim, dim))]
 
 
-def _fits(rule: Rule, local: list[int], full: list[int], axis: int, shards: int) -> bool:
-    others = local[:axis] + local[axis + 1 :] == full[:axis] + full[axis + 1 :]
+def _fits(rule: Rule, local: Shape, first: Shape, axis: int, full: int, shards: int) -> bool:
+    if len(local) != len(first) or local[:axis] + local[axis + 1 :] != first[:axis] + first[axis + 1 :]:
+        return False
     if rule.split == "vocab":  # padded to a multiple of the shards, or beyond
-        return others and local[axis] * shards >= full[axis]
-    return others and local[axis] * shards == full[axis]
+        return local[0] * shards >= full
+    return local[axis] * shards == full

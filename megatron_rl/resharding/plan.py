@@ -18,6 +18,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 from megatron_rl.config.model import ParallelConfig
 from megatron_rl.resharding.names import Names, Parameter, Shape, Span
@@ -54,14 +55,18 @@ class Item:
     """One parameter: the Hugging Face tensors it becomes and the shards that hold it."""
 
     hf: tuple[str, ...]
-    shape: Shape
+    shapes: tuple[Shape, ...]
     dtype: str
     pieces: tuple[Piece, ...]
 
     @property
+    def offsets(self) -> tuple[int, ...]:
+        """Of each tensor from the item's place in a buffer, and of the end."""
+        return tuple(accumulate((aligned(_bytes(shape, self.dtype)) for shape in self.shapes), initial=0))
+
+    @property
     def nbytes(self) -> int:
-        """In a buffer, tensor by tensor."""
-        return len(self.hf) * aligned(_bytes(self.shape, self.dtype))
+        return self.offsets[-1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +100,7 @@ def make_plan(
     buckets: list[list[Item]] = []
     room = 0
     for parameter in names.parameters.values():
-        item = _item(names, parameter, holders.get(parameter.hf[0], {}), _shards(parameter, parallel), sent, destination)
+        item = _item(names, parameter, holders.get(parameter.source, {}), _shards(parameter, parallel), sent, destination)
         if item.nbytes > room:
             buckets.append([])
             room = bucket_bytes
@@ -143,7 +148,7 @@ def _item(names: Names, parameter: Parameter, holders: Holders, shards: int, sen
         rank, name, shard = min(holders[index], key=lambda holder: (holder[0] != destination, sent[holder[0]], holder[0]))
         pieces.append(Piece(rank, name, shard, names.spans(parameter, shard.shape, index, shards)))
         sent[rank] += shard.nbytes
-    return Item(parameter.hf, parameter.shape, pieces[0].shard.dtype, tuple(pieces))
+    return Item(parameter.hf, parameter.shapes, pieces[0].shard.dtype, tuple(pieces))
 
 
 def aligned(nbytes: int) -> int:

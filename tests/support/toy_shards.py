@@ -33,13 +33,13 @@ def shard_shapes(names: Names, parallel: ParallelConfig, world: int, rank: int, 
             per_rank = model.moe.num_experts // parallel.ep
             if numbers[1] // per_rank != place // parallel.etp % parallel.ep:
                 continue
-        shape = list(parameter.shape)
+        shape = list(parameter.shapes[0])
         if rule.split == "row":
             shape[1] //= split
         elif rule.split == "vocab":
             shape[0] = -(-shape[0] // split)
         elif rule.split == "column":
-            shape[0] = shape[0] * len(parameter.hf) // split
+            shape[0] = sum(each[0] for each in parameter.shapes) // split
         shapes[name] = tuple(shape)
     return shapes
 
