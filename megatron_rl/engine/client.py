@@ -19,13 +19,14 @@ import json
 import math
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import aclosing
+from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 import aiohttp
 import orjson
 
 from megatron_rl.config.errors import UserError
-from megatron_rl.types import EngineLost, FinishReason, GenerateRequest, Progress, SamplingParams
+from megatron_rl.types import EngineLost, FinishReason, GenerateRequest, Manifest, Progress, SamplingParams
 
 CONNECT_TIMEOUT_S = 10.0
 NOT_A_NUMBER = (
@@ -34,13 +35,23 @@ NOT_A_NUMBER = (
 )
 
 
+@dataclass(slots=True)
+class Held:
+    """What is known of one server process's weights (weights.py keeps it)."""
+
+    updating: bool = False  # between /begin_weight_update and /end_weight_update
+    manifest: Manifest | None = None  # the last one it was asked about
+    dtypes: Mapping[str, str] = field(default_factory=dict)  # and its answer
+    whole: bool = False  # it has taken every tensor since it started
+
+
 class SglangEngine:
     """Implements `ports.Engine`. One object per server process: a restarted server gets a new one."""
 
     def __init__(self, name: str, host: str, port: int, api_key: str, vocab_size: int, request_timeout_s: float) -> None:
         self.name = name
         self.lost: str | None = None  # the first thing that went wrong
-        self.updating = False  # between /begin_weight_update and /end_weight_update
+        self.held = Held()
         self._host, self._port, self._vocab_size, self._request_timeout_s = host, port, vocab_size, request_timeout_s
         self._headers = {"Authorization": f"Bearer {api_key}", "Content-Type": "application/json"}
         self._serial = itertools.count()

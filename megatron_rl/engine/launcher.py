@@ -135,9 +135,7 @@ class SglangEngines:
         if config.port:
             port = config.port + index
         process = ServerProcess(
-            server_arguments(
-                config, self._device, self._model_path, self._context_length, self._seed, index, port, internal_port
-            ),
+            server_arguments(config, self._device, self._model_path, self._context_length, self._seed, index, port, internal_port),
             server_environment(
                 os.environ,
                 config,

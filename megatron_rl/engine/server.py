@@ -2,7 +2,8 @@
 
 SGLang is unmodified; what differs goes through the arguments of its `launch_server` and its hook registry (srt/plugins).
 - Everywhere: the server dies with the trainer that started it, and its children with the server. BailingMoeV2's configuration
-  class is registered, which SGLang has but does not register (srt/utils/hf_transformers/common.py:115).
+  class is registered, which SGLang has but does not register (srt/utils/hf_transformers/common.py:115). Its schedulers answer
+  what a weight push asks before and after (intake.py).
 - On a CPU: stand-ins for two things that have no CPU build (standins.py), attention over whole batches (cpu_attention.py), and a
   factor that the native path forgets (cpu_experts.py). Children are forked, not spawned, and there is no detokenizer: that halves
   the time to start and the memory.
@@ -52,6 +53,9 @@ def main(arguments: list[str]) -> None:
 def run_scheduler(*args: Any, **kwargs: Any) -> None:
     die_with_parent()
     register_configs()  # for a spawned one
+    from megatron_rl.engine import intake
+
+    intake.register()
     from sglang.srt.managers.scheduler import run_scheduler_process
 
     run_scheduler_process(*args, **kwargs)

@@ -4,30 +4,39 @@ Each bucket is flattened into one buffer that the servers map: on a CPU shared m
 multiprocessing's own authenticated socket, on CUDA memory whose IPC handle stands in the request. No file, and no copy per server.
 Requires that nothing is being generated (everything was aborted or has ended before).
 
-Invariants: a push that returned from `end` is in every server: weights loaded, caches flushed, and the server says it is on
-`version`; a server that did not confirm is lost, and the EngineLost names it; the caller's tensors may be reused when `send`
-returns.
+Invariants:
+- a server that would not take the manifest's tensors, or would be left with something unwritten, says so before its first byte;
+- a push that returned from `end` is in every server: every tensor since the server started, caches flushed, and the server says
+  it is on `version`; with checksums, each tensor is held bit for bit;
+- a server that did not confirm is lost, and the EngineLost names it; it waited for no longer than `timeout_s` a step;
+- the caller's tensors may be reused when `send` returns.
 """
 
 from __future__ import annotations
 
 import base64
 import io
+import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.reduction import ForkingPickler
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.multiprocessing  # its import teaches ForkingPickler tensors
 
+from megatron_rl.config.errors import UserError
 from megatron_rl.engine.client import SglangEngine
+from megatron_rl.engine.intake import CHECK, VERIFY
 from megatron_rl.engine.launcher import SglangEngines
+from megatron_rl.types import Intake, Manifest
 
+T = TypeVar("T")
 ALIGN = 16  # bytes; a tensor is viewed in its own type at its place in the buffer
 FLUSH_TIMEOUT_S = 30.0  # for the last aborted requests to drain
+NAMED = 10  # problems in a message
 
 
 class EngineWeights:
@@ -36,34 +45,64 @@ class EngineWeights:
     def __init__(self, engines: SglangEngines, tp: int = 1, timeout_s: float = 600.0) -> None:
         self._engines, self._tp, self._timeout_s = engines, tp, timeout_s
         self._taking: list[SglangEngine] = []
+        self._sent: set[str] = set()
         self._buffer = torch.empty(0, dtype=torch.uint8)
 
-    def begin(self) -> None:
-        self._taking = list(self._engines.alive)
-        self._each(self._begin)
+    def begin(self, manifest: Manifest) -> Intake:
+        self._taking, self._sent = list(self._engines.alive), set()
+        refusals = self._each(lambda engine: self._begin(engine, manifest))
+        for engine, problems in zip(self._taking, refusals, strict=True):
+            if problems:
+                raise UserError(f"{engine.name} would not take the policy's weights: {_listed(problems)}", exit_code=1)
+        dtypes = {name: dtype for engine in self._taking for name, dtype in engine.held.dtypes.items()}
+        return Intake(dtypes, has_all=all(engine.held.whole for engine in self._taking))
 
     def send(self, bucket: Sequence[tuple[str, torch.Tensor]]) -> None:
         metadata = self._flatten(bucket)
         self._each(lambda engine: self._update(engine, metadata))
+        self._sent |= {name for name, _ in bucket}
 
-    def end(self, version: int) -> None:
+    def end(self, version: int, checksums: Mapping[str, int] | None = None) -> None:
+        for engine in self._taking:
+            missing = [] if engine.held.whole else [name for name in engine.held.dtypes if name not in self._sent]
+            if missing:
+                raise RuntimeError(f"{engine.name} is new and was not sent {_listed(missing)}")
+        if checksums is not None:
+            self._verify(checksums)
         self._each(lambda engine: self._end(engine, version))
 
-    def _begin(self, engine: SglangEngine) -> None:
-        if engine.updating:  # a push that another engine's death ended
+    def _begin(self, engine: SglangEngine, manifest: Manifest) -> list[str]:
+        """The reasons why it takes nothing."""
+        held = engine.held
+        if held.updating:  # a push that an error ended
             self._ask(engine, "/end_weight_update", {})
+            held.whole = False
         self._ask(engine, "/begin_weight_update", {})
-        engine.updating = True
+        held.updating = True
+        if held.manifest == manifest:
+            return []
+        answer = self._question(engine, CHECK, [[(spec.name, spec.shape, spec.dtype) for spec in bucket] for bucket in manifest])
+        if not answer["problems"]:
+            held.manifest, held.dtypes = manifest, answer["dtypes"]
+        else:
+            self._ask(engine, "/end_weight_update", {})
+            held.updating = False
+        return list(answer["problems"])
 
     def _update(self, engine: SglangEngine, metadata: list[SimpleNamespace]) -> None:
-        # One payload for each of the server's processes: a file descriptor can be fetched once.
-        payloads = [_serialized({"flattened_tensor": self._buffer, "metadata": metadata}) for _ in range(self._tp)]
-        body = {"serialized_named_tensors": payloads, "load_format": "flattened_bucket", "flush_cache": False}
-        self._ask(engine, "/update_weights_from_tensor", body)
+        self._load(engine, {"flattened_tensor": self._buffer, "metadata": metadata}, "flattened_bucket")
+
+    def _verify(self, checksums: Mapping[str, int]) -> None:
+        def problems(engine: SglangEngine) -> list[str]:
+            return list(self._question(engine, VERIFY, {n: c for n, c in checksums.items() if n in engine.held.dtypes})["problems"])
+
+        for engine, differing in zip(self._taking, self._each(problems), strict=True):
+            if differing:
+                raise RuntimeError(f"{engine.name} does not hold what it was sent: {_listed(differing)}")
 
     def _end(self, engine: SglangEngine, version: int) -> None:
         self._ask(engine, "/end_weight_update", {})
-        engine.updating = False
+        engine.held.updating, engine.held.whole = False, True
         # Keys and values of the old weights must go, or continued rollouts attend to them.
         engine.call(f"/flush_cache?timeout={FLUSH_TIMEOUT_S:g}", {}, self._timeout_s)
         self._ask(engine, "/update_weight_version", {"new_version": str(version), "abort_all_requests": False})
@@ -71,18 +110,32 @@ class EngineWeights:
         if said != str(version):
             engine.lose(f"says it is on weights {said!r} after a push of {version}")
 
-    def _ask(self, engine: SglangEngine, path: str, body: dict[str, Any]) -> None:
-        answer = engine.call(path, body, self._timeout_s)
+    def _question(self, engine: SglangEngine, kind: str, content: Any) -> dict[str, Any]:
+        """To intake.py in the server's processes."""
+        message = self._load(engine, content, kind)["message"]
+        try:
+            answer: dict[str, Any] = json.loads(message)
+        except json.JSONDecodeError:
+            engine.lose(f"{kind} was answered with {message!r}")
+        return answer
+
+    def _load(self, engine: SglangEngine, content: Any, load_format: str) -> dict[str, Any]:
+        # One payload for each of the server's processes: a file descriptor can be fetched once.
+        payloads = [_serialized(content) for _ in range(self._tp)]
+        body = {"serialized_named_tensors": payloads, "load_format": load_format, "flush_cache": False}
+        return self._ask(engine, "/update_weights_from_tensor", body)
+
+    def _ask(self, engine: SglangEngine, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        answer: dict[str, Any] = engine.call(path, body, self._timeout_s)
         if not answer.get("success"):
             engine.lose(f"{path}: {answer.get('message', answer)}")
+        return answer
 
-    def _each(self, work: Callable[[SglangEngine], None]) -> None:
+    def _each(self, work: Callable[[SglangEngine], T]) -> list[T]:
         """On all servers at once. All have answered when it returns or raises."""
         with ThreadPoolExecutor(max(1, len(self._taking))) as pool:
-            errors = [future.exception() for future in [pool.submit(work, engine) for engine in self._taking]]
-        for error in errors:
-            if error is not None:
-                raise error
+            futures = [pool.submit(work, engine) for engine in self._taking]
+        return [future.result() for future in futures]
 
     def _flatten(self, bucket: Sequence[tuple[str, torch.Tensor]]) -> list[SimpleNamespace]:
         """SGLang's FlattenedTensorBucket (srt/weight_sync/tensor_bucket.py), by attribute, without importing SGLang here."""
@@ -105,7 +158,12 @@ class EngineWeights:
         return metadata
 
 
-def _serialized(payload: dict[str, Any]) -> str:
+def _listed(problems: Sequence[str]) -> str:
+    more = f" and {len(problems) - NAMED} more" if len(problems) > NAMED else ""
+    return "; ".join(problems[:NAMED]) + more
+
+
+def _serialized(payload: Any) -> str:
     """What SGLang's MultiprocessingSerializer makes of it (srt/utils/common.py:2999)."""
     data = io.BytesIO()
     ForkingPickler(data).dump(payload)

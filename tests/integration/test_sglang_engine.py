@@ -15,8 +15,9 @@ import pytest
 import torch
 from reference_model import Weights, reference_logits, reference_logprobs
 from safetensors.torch import load_file
-from tiny_checkpoint import TINY_CONFIG, random_weights, write_checkpoint
+from tiny_checkpoint import TINY_CONFIG, manifest_of, random_weights, write_checkpoint
 
+from megatron_rl.checksum import checksum
 from megatron_rl.config.rollout import EngineConfig
 from megatron_rl.engine.arguments import STARTUP_VERSION
 from megatron_rl.engine.client import SglangEngine
@@ -60,15 +61,16 @@ def engine(engines: SglangEngines) -> SglangEngine:
 
 
 def push(engines: SglangEngines, weights: Weights, version: int, bucket_size: int = 40) -> None:
-    sink = EngineWeights(engines)
-    sink.begin()
     items = list(weights.items())
-    for start in range(0, len(items), bucket_size):
-        bucket = [(name, tensor.clone()) for name, tensor in items[start : start + bucket_size]]
-        sink.send(bucket)
-        for _, tensor in bucket:
+    buckets = [items[start : start + bucket_size] for start in range(0, len(items), bucket_size)]
+    sink = EngineWeights(engines)
+    sink.begin(manifest_of(*buckets))
+    for bucket in buckets:
+        copies = [(name, tensor.clone()) for name, tensor in bucket]
+        sink.send(copies)
+        for _, tensor in copies:
             tensor.fill_(float("nan"))  # the memory is ours again
-    sink.end(version)
+    sink.end(version, {name: int(checksum(tensor)) for name, tensor in items})
 
 
 def requests_for(prompts: Sequence[Sequence[int]], new: int, **sampling: Any) -> list[GenerateRequest]:
@@ -210,7 +212,7 @@ def test_pushed_weights_give_the_original_implementations_logprobs(
 
 def test_a_push_that_another_engines_death_ended_can_be_repeated(engines: SglangEngines, engine: SglangEngine) -> None:
     weights = random_weights(CONFIG, seed=8)
-    EngineWeights(engines).begin()  # and never ended
+    EngineWeights(engines).begin(manifest_of(list(weights.items())))  # and never ended
     push(engines, weights, version=8)
     got = generate(engine, requests_for([[5, 6]], 8))["0:0#0"]
     assert set(got.versions) == {8} and worst_gap(weights, [5, 6], got) < TOLERANCE

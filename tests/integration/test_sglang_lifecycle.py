@@ -33,7 +33,7 @@ from megatron_rl.config.rollout import EngineConfig
 from megatron_rl.engine.launcher import SglangEngines
 from megatron_rl.engine.weights import EngineWeights
 from megatron_rl.types import EngineLost, GenerateRequest, SamplingParams
-from tiny_checkpoint import TINY_CONFIG, random_weights
+from tiny_checkpoint import TINY_CONFIG, manifest_of, random_weights
 
 def say(**what):
     print(json.dumps(what), flush=True)
@@ -44,9 +44,10 @@ say(processes=[])
 engines.start()
 
 def push(version):
+    weights = list(random_weights(TINY_CONFIG, seed=1).items())
     sink = EngineWeights(engines)
-    sink.begin()
-    sink.send(list(random_weights(TINY_CONFIG, seed=1).items()))
+    sink.begin(manifest_of(weights))
+    sink.send(weights)
     sink.end(version)
 
 async def stream():

@@ -9,12 +9,14 @@ Invariants: the same seed gives the same bytes; names and shapes are those of Li
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
+
+from megatron_rl.types import Manifest, TensorSpec
 
 TINY_CONFIG: dict[str, Any] = {
     "architectures": ["BailingMoeV2ForCausalLM"],
@@ -103,6 +105,11 @@ def random_weights(config: Mapping[str, Any], seed: int) -> dict[str, torch.Tens
         else:
             weights[name] = config["initializer_range"] * noise
     return weights
+
+
+def manifest_of(*buckets: Sequence[tuple[str, torch.Tensor]]) -> Manifest:
+    """What a push of these tensors announces."""
+    return [[TensorSpec(name, tuple(t.shape), str(t.dtype).removeprefix("torch.")) for name, t in bucket] for bucket in buckets]
 
 
 def write_checkpoint(path: Path, seed: int = 0, **overrides: Any) -> Path:
