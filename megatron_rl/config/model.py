@@ -104,8 +104,8 @@ class ModelConfig(Config):
             raise ValueError(f"num_kv_heads={self.num_kv_heads}: with mla every head has keys of its own")
         if self.rope_scaling and not self.mla:
             raise ValueError("rope_scaling: only with mla")
-        if self.tie_embeddings and self.norm_head:
-            raise ValueError("norm_head=true with tie_embeddings=true")
+        if self.tie_embeddings and (self.norm_head or self.num_mtp_layers):
+            raise ValueError("tie_embeddings=true: not with norm_head, nor with num_mtp_layers")
         return self
 
     def padded_vocab_size(self, tp: int) -> int:
@@ -167,6 +167,8 @@ class ParallelConfig(Config):
             raise ValueError("parallel.vpp: more than one chunk per rank needs parallel.pp > 1")
         if self.sequence_parallel and self.tp == 1:
             raise ValueError("parallel.sequence_parallel=true needs parallel.tp > 1")
+        if model.mla and self.tp > 1 and not self.sequence_parallel:
+            raise ValueError("parallel.sequence_parallel: must be true under tp > 1 where the model has latent attention")
         if model.moe is None:
             if self.ep * self.etp > 1:
                 raise ValueError(f"parallel.ep={self.ep}, etp={self.etp}: the model has no experts (model.moe is null)")

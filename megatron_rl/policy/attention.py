@@ -5,7 +5,8 @@ whole microbatch, no call per segment. Padding stands behind its segment, where 
 and values of all ranks are gathered, and a rank's queries (two chunks of every segment) see them through a mask per bucket.
 
 The rotary embedding is applied here, on the way into the buckets, and not by Megatron, whose packed form (rope_utils.py:200) slices
-every segment in Python, for queries and keys, in every layer; here the angles of a microbatch are computed once.
+every segment in Python, for queries and keys, in every layer; here the angles of a microbatch are computed once. Latent attention
+is the exception: Megatron turns the few dimensions that it turns before it puts keys together.
 
 Invariants: the result for a segment is that of plain causal attention over it alone, at any CP, and so are the gradients; no
 segment is padded to more than LENGTH_RATIO of its length.
@@ -77,20 +78,18 @@ def make_plan(segments: Segments, rotary_dim: int, rotary_base: float) -> Packed
     frequencies = rotary_base ** (-torch.arange(0, rotary_dim, 2, dtype=torch.float32, device=device) / rotary_dim)
     queries = _slots(torch.cat(query_rows), segments.positions_R, frequencies)
     keys = queries if cp == 1 else _slots(torch.cat(key_rows), segments.gathered_positions(), frequencies)
-    return PackedPlan(buckets=buckets, queries=queries, keys=keys)
+    return PackedPlan(buckets=buckets, queries=queries, keys=keys, **_cumulative(segments))
 
 
 def for_transformer_engine(segments: Segments) -> PackedSeqParams:
     """Transformer Engine splits padded segments over CP ranks by itself, in the same zig-zag."""
+    return PackedSeqParams(qkv_format="thd", **_cumulative(segments))
+
+
+def _cumulative(segments: Segments) -> dict[str, Any]:
     cu_seqlens = torch.nn.functional.pad(segments.lengths_S.cumsum(0), (1, 0)).to(torch.int32)
     longest = int(segments.lengths_S.max())
-    return PackedSeqParams(
-        qkv_format="thd",
-        cu_seqlens_q=cu_seqlens,
-        cu_seqlens_kv=cu_seqlens,
-        max_seqlen_q=longest,
-        max_seqlen_kv=longest,
-    )
+    return {"cu_seqlens_q": cu_seqlens, "cu_seqlens_kv": cu_seqlens, "max_seqlen_q": longest, "max_seqlen_kv": longest}
 
 
 def _buckets(lengths: Sequence[int]) -> list[list[int]]:
@@ -130,6 +129,7 @@ class PackedAttention(MegatronModule):
     def __init__(self, config: Any, softmax_scale: float | None = None, pg_collection: Any = None, **_: Any) -> None:
         super().__init__(config=config)
         self.scale, self.cp_group = softmax_scale, pg_collection.cp
+        self.rotary = not config.multi_latent_attention
 
     def forward(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, packed_seq_params: PackedPlan, **__: Any
@@ -139,32 +139,37 @@ class PackedAttention(MegatronModule):
 
             # torch.distributed.nn's all_gather gives wrong gradients on gloo
             key, value = (gather_from_sequence_parallel_region(x.contiguous(), group=self.cp_group) for x in (key, value))
-        return attend(query, key, value, packed_seq_params, self.scale)
+        return attend(query, key, value, packed_seq_params, self.scale, self.rotary)
 
 
 def attend(
-    query_RHD: torch.Tensor, key_PGD: torch.Tensor, value_PGD: torch.Tensor, plan: PackedPlan, scale: float | None
+    query_RHD: torch.Tensor,
+    key_PGD: torch.Tensor,
+    value_PGE: torch.Tensor,
+    plan: PackedPlan,
+    scale: float | None,
+    rotary: bool = True,
 ) -> torch.Tensor:
-    """(R, H * D), for queries of this rank and keys and values of all CP ranks, one after the other, none of them rotated."""
+    """(R, H * E), for queries of this rank and keys and values of all CP ranks, one after the other; `rotary`: to be turned."""
     assert plan.queries and plan.keys
     placed = (
-        _IntoSlots.apply(query_RHD, plan.queries, True).split([b.segments * b.queries for b in plan.buckets]),
-        _IntoSlots.apply(key_PGD, plan.keys, True).split([b.segments * b.keys for b in plan.buckets]),
-        _IntoSlots.apply(value_PGD, plan.keys, False).split([b.segments * b.keys for b in plan.buckets]),
+        _IntoSlots.apply(query_RHD, plan.queries, rotary).split([b.segments * b.queries for b in plan.buckets]),
+        _IntoSlots.apply(key_PGD, plan.keys, rotary).split([b.segments * b.keys for b in plan.buckets]),
+        _IntoSlots.apply(value_PGE, plan.keys, False).split([b.segments * b.keys for b in plan.buckets]),
     )
     outputs = []
     for bucket, *qkv in zip(plan.buckets, *placed, strict=True):
-        q_BHQD, k_BGLD, v_BGLD = (x.unflatten(0, (bucket.segments, -1)).transpose(1, 2) for x in qkv)
-        output_BHQD = torch.nn.functional.scaled_dot_product_attention(
+        q_BHQD, k_BGLD, v_BGLE = (x.unflatten(0, (bucket.segments, -1)).transpose(1, 2) for x in qkv)
+        output_BHQE = torch.nn.functional.scaled_dot_product_attention(
             q_BHQD,
             k_BGLD,
-            v_BGLD,
+            v_BGLE,
             attn_mask=None if bucket.mask_BQL is None else bucket.mask_BQL[:, None],
             is_causal=bucket.mask_BQL is None,
             scale=scale,
             enable_gqa=k_BGLD.size(1) != q_BHQD.size(1),
         )
-        outputs.append(output_BHQD.transpose(1, 2).flatten(0, 1))
+        outputs.append(output_BHQE.transpose(1, 2).flatten(0, 1))
     return _OutOfSlots.apply(torch.cat(outputs), plan.queries).flatten(1)
 
 

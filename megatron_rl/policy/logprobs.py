@@ -1,7 +1,7 @@
 """Log-probability of one token per row, and the entropy of the row, from logits whose vocabulary is split over TP ranks.
 
-Invariants: value and gradient are those of the unsplit vocabulary, for log-probs and for entropies; both come from one pass
-forward and one backward; every TP rank gets the same values.
+Invariants: value and gradient are those of the unsplit vocabulary without padding, for log-probs and for entropies; both come from
+one pass forward and one backward; every TP rank gets the same values.
 """
 
 from __future__ import annotations
@@ -13,14 +13,17 @@ import torch.distributed as dist
 from megatron_rl_kernels.logprob import token_logprobs
 from torch.autograd.function import once_differentiable
 
+NO_TOKEN = -1e30  # a logit of padding: no probability, and finite, so that 0 times it is 0
+
 
 def row_logprobs(
-    logits_RV: torch.Tensor, tokens_R: torch.Tensor, temperature: float, tp_group: dist.ProcessGroup
+    logits_RV: torch.Tensor, tokens_R: torch.Tensor, temperature: float, tp_group: dist.ProcessGroup, vocab_size: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(logprobs_R, entropy_R), fp32, under softmax(logits / temperature); V is this rank's part of the vocabulary."""
+    """(logprobs_R, entropy_R), fp32, under softmax(logits / temperature); V is this rank's part of the vocabulary, of which the
+    ranks' last columns may be padding."""
     if tp_group.size() == 1:
         return token_logprobs(logits_RV, tokens_R, temperature)
-    return _VocabParallel.apply(logits_RV, tokens_R, temperature, tp_group)
+    return _VocabParallel.apply(logits_RV, tokens_R, temperature, tp_group, vocab_size)
 
 
 class _VocabParallel(torch.autograd.Function):
@@ -29,9 +32,15 @@ class _VocabParallel(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, logits_RV: torch.Tensor, tokens_R: torch.Tensor, temperature: float, group: dist.ProcessGroup
+        ctx: Any,
+        logits_RV: torch.Tensor,
+        tokens_R: torch.Tensor,
+        temperature: float,
+        group: dist.ProcessGroup,
+        vocab_size: int,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         x_RV = logits_RV.float() / temperature
+        x_RV[:, max(0, vocab_size - group.rank() * x_RV.size(1)) :] = NO_TOKEN
         largest_R = x_RV.amax(-1)
         dist.all_reduce(largest_R, dist.ReduceOp.MAX, group)
         x_RV = x_RV - largest_R[:, None]
@@ -51,7 +60,7 @@ class _VocabParallel(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor, None, None, None]:
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor, None, None, None, None]:
         logp_RV, local_R, elsewhere_R, entropy_R = ctx.saved_tensors
         grad_logprobs_R, grad_entropy_R = grads
         p_RV = logp_RV.exp()
@@ -61,4 +70,4 @@ class _VocabParallel(torch.autograd.Function):
             grad_RV.scatter_add_(1, local_R[:, None], grad_logprobs_R.masked_fill(elsewhere_R, 0.0)[:, None])
         if grad_entropy_R is not None:
             grad_RV -= grad_entropy_R[:, None] * p_RV * (logp_RV + entropy_R[:, None])
-        return (grad_RV / ctx.temperature).to(ctx.dtype), None, None, None
+        return (grad_RV / ctx.temperature).to(ctx.dtype), None, None, None, None

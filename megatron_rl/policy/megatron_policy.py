@@ -162,7 +162,7 @@ class MegatronPolicy:
             )
 
             def finish(logits_1RV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Any]:
-                values = row_logprobs(logits_1RV[0], inputs.successors_R, temperature, self._tp)
+                values = row_logprobs(logits_1RV[0], inputs.successors_R, temperature, self._tp, self._model.vocab_size)
                 scalar, keep = last(inputs, *(inputs.tokens_of_rows(values_R) for values_R in values))
                 return scalar, torch.zeros((), dtype=torch.int, device=self.device), keep
 

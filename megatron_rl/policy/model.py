@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from megatron_rl.config.model import ModelConfig, ParallelConfig
-from megatron_rl.policy import platform_cpu
+from megatron_rl.policy import departures, platform_cpu
 
 EMBEDDING, OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
 
@@ -35,7 +35,7 @@ def has_transformer_engine(device: torch.device) -> bool:
 
 
 def build_chunks(model: ModelConfig, parallel: ParallelConfig, device: torch.device) -> list[torch.nn.Module]:
-    """This rank's model chunks, one per virtual pipeline stage, with Megatron's own initial weights."""
+    """This rank's model chunks, one per virtual pipeline stage, with Megatron's own initial weights (none on the meta device)."""
     platform_cpu.install()
     from megatron.core import parallel_state as mpu
     from megatron.core.models.gpt import GPTModel
@@ -45,39 +45,39 @@ def build_chunks(model: ModelConfig, parallel: ParallelConfig, device: torch.dev
     chunks: list[torch.nn.Module] = []
     for stage in range(parallel.vpp):
         vp_stage = stage if parallel.vpp > 1 else None
-        chunk: Any = GPTModel(
-            config=config,
-            transformer_layer_spec=_block_spec(config, device, vp_stage),
-            vocab_size=model.vocab_size,
-            max_sequence_length=model.max_position_embeddings,
-            pre_process=mpu.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
-            post_process=mpu.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
-            share_embeddings_and_output_weights=model.tie_embeddings,
-            position_embedding_type="rope" if has_transformer_engine(device) else "none",
-            rotary_percent=model.rotary_percent,
-            rotary_base=model.rotary_base,
-            vp_stage=vp_stage,
-        ).to(device)
+        layers, prediction = _block_specs(config, device, vp_stage)
+        with device:
+            chunk: Any = GPTModel(
+                config=config,
+                transformer_layer_spec=layers,
+                mtp_block_spec=prediction,
+                vocab_size=model.padded_vocab_size(parallel.tp),
+                max_sequence_length=model.max_position_embeddings,
+                pre_process=mpu.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
+                post_process=mpu.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
+                share_embeddings_and_output_weights=model.tie_embeddings,
+                position_embedding_type="rope" if has_transformer_engine(device) else "none",
+                rotary_percent=model.rotary_percent,
+                rotary_base=model.rotary_base,
+                vp_stage=vp_stage,
+            )
+        departures.apply(chunk, model)
         if config.bf16:
             chunk = Float16Module(config, chunk)
         for module in chunk.modules():
             if hasattr(module, "_maintain_float32_expert_bias"):
                 module._maintain_float32_expert_bias()  # Float16Module rounds every buffer; later calls would keep what is left
-        for name, parameter in chunk.named_parameters():
-            if ".experts." in name:
-                # layers.py:921 does so under EP > 1 only. Under EP = 1 and ETP < TP it would reduce the gradients of experts, which
-                # then see other tokens on every TP rank, over the replicas alone; and the optimizer's parts would depend on EP.
-                parameter.allreduce = False
         chunks.append(chunk)
     return chunks
 
 
 def transformer_config(model: ModelConfig, parallel: ParallelConfig, dtype: torch.dtype, device: torch.device) -> Any:
-    from megatron.core.transformer.transformer_config import TransformerConfig
+    from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
     te = has_transformer_engine(device)
-    return TransformerConfig(
+    return (MLATransformerConfig if model.mla else TransformerConfig)(
         num_layers=model.num_layers,
+        mtp_num_layers=model.num_mtp_layers or None,
         hidden_size=model.hidden_size,
         num_attention_heads=model.num_attention_heads,
         num_query_groups=model.num_kv_heads,
@@ -89,12 +89,13 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, dtype: torc
         gated_linear_unit=True,
         activation_func=torch.nn.functional.silu,
         add_bias_linear=False,
+        add_qkv_bias=model.qkv_bias,
         hidden_dropout=0.0,
         attention_dropout=0.0,
-        init_method_std=model.init_std,
         tensor_model_parallel_size=parallel.tp,
         pipeline_model_parallel_size=parallel.pp,
         virtual_pipeline_model_parallel_size=parallel.vpp if parallel.vpp > 1 else None,
+        pipeline_model_parallel_layout=_layout(model, parallel),
         context_parallel_size=parallel.cp,
         expert_model_parallel_size=parallel.ep,
         expert_tensor_parallel_size=parallel.etp,
@@ -105,15 +106,26 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, dtype: torc
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
-        use_cpu_initialization=device.type == "cpu",
+        use_cpu_initialization=device.type != "cuda",
         calculate_per_token_loss=True,  # gradients are sums: neither microbatches nor replicas divide them
         persist_layer_norm=te,
         bias_activation_fusion=te,
         bias_dropout_fusion=te,
-        apply_rope_fusion=te,
+        apply_rope_fusion=te and not (model.mla and not model.rope_scaling),  # transformer_config.py:2068
         gradient_accumulation_fusion=False,
         **(_moe_config(model, te) if model.moe else {}),
+        **(_mla_config(model) if model.mla else {}),
     )
+
+
+def _layout(model: ModelConfig, parallel: ParallelConfig) -> list[list[str]] | None:
+    """Of uneven stages, in Megatron's words (pipeline_parallel_layer_layout.py)."""
+    if parallel.layers_per_stage is None or parallel.pp == 1:
+        return None
+    stages = [["decoder"] * layers for layers in parallel.layers_per_stage]
+    stages[0].insert(0, "embedding")
+    stages[-1] += ["mtp"] * model.num_mtp_layers + ["loss"]
+    return stages
 
 
 def _moe_config(model: ModelConfig, te: bool) -> dict[str, Any]:
@@ -127,9 +139,10 @@ def _moe_config(model: ModelConfig, te: bool) -> dict[str, Any]:
         "moe_layer_freq": [int(layer >= moe.first_dense_layers) for layer in range(model.num_layers)],
         "moe_router_topk": moe.top_k,
         "moe_router_score_function": moe.score_function,
+        "moe_router_pre_softmax": moe.score_function == "softmax" and not moe.norm_topk_prob,
         "moe_router_num_groups": moe.num_groups if grouped else None,
         "moe_router_group_topk": moe.topk_groups if grouped else None,
-        "moe_router_topk_scaling_factor": moe.routed_scaling_factor,
+        "moe_router_topk_scaling_factor": moe.routed_scaling_factor if moe.routed_scaling_factor != 1.0 else None,
         "moe_router_enable_expert_bias": moe.expert_bias,
         "moe_router_bias_update_rate": moe.expert_bias_update_rate,
         "moe_router_dtype": "fp32",
@@ -140,17 +153,34 @@ def _moe_config(model: ModelConfig, te: bool) -> dict[str, Any]:
     }
 
 
-def _block_spec(config: Any, device: torch.device, vp_stage: int | None) -> Any:
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+def _mla_config(model: ModelConfig) -> dict[str, Any]:
+    mla, yarn = model.mla, model.rope_scaling
+    assert mla
+    scaling = yarn.model_dump() | {"rotary_scaling_factor": yarn.factor} if yarn else {"rotary_scaling_factor": 1.0}
+    scaling.pop("factor", None)
+    return {
+        "q_lora_rank": mla.q_lora_rank,
+        "kv_lora_rank": mla.kv_lora_rank,
+        "qk_head_dim": mla.qk_nope_head_dim,
+        "qk_pos_emb_head_dim": mla.qk_rope_head_dim,
+        "v_head_dim": mla.v_head_dim,
+        "rope_type": "yarn" if yarn else "rope",
+        "rotary_base": model.rotary_base,
+    } | scaling
+
+
+def _block_specs(config: Any, device: torch.device, vp_stage: int | None) -> tuple[Any, Any]:
+    """Of the decoder layers, and of the multi-token-prediction layers (None where this chunk has none)."""
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec, get_gpt_mtp_block_spec
 
     te = has_transformer_engine(device)
-    spec = get_gpt_decoder_block_spec(config, use_transformer_engine=te, normalization="RMSNorm", vp_stage=vp_stage)
+    layers = get_gpt_decoder_block_spec(config, use_transformer_engine=te, normalization="RMSNorm", vp_stage=vp_stage)
     if not te:
         from megatron_rl.policy.attention import PackedAttention
 
-        for layer in spec.layer_specs:
+        for layer in layers.layer_specs:
             layer.submodules.self_attention.submodules.core_attention = PackedAttention
-    return spec
+    return layers, get_gpt_mtp_block_spec(config, layers, te, vp_stage) if config.mtp_num_layers else None
 
 
 def weights(chunks: Sequence[torch.nn.Module]) -> dict[str, torch.Tensor]:
@@ -188,10 +218,10 @@ _EXPERT = re.compile(r"(\.experts\.local_experts\.|\.experts\.linear_fc[12]\.wei
 
 @torch.no_grad()
 def initialise(chunks: Sequence[torch.nn.Module], model: ModelConfig, seed: int) -> None:
-    """Norms 1, expert biases 0, every matrix N(0, init_std) as Hugging Face's implementation has it."""
+    """Norms 1, biases and the padding of a vocabulary 0, every matrix N(0, init_std) as Hugging Face's implementations have it."""
     for name, tensor in _tensors(chunks):
         if tensor.dim() == 1:
-            tensor.fill_(0.0 if name.endswith("expert_bias") else 1.0)
+            tensor.fill_(0.0 if name.endswith("bias") else 1.0)
             continue
         same = EMBEDDING if model.tie_embeddings and name == OUTPUT else name
         digest = hashlib.blake2b(f"{seed} {same}".encode(), digest_size=8).digest()
@@ -199,6 +229,8 @@ def initialise(chunks: Sequence[torch.nn.Module], model: ModelConfig, seed: int)
         axis, shard, shards = _shard_of(name, tensor)
         shape = [n * shards if i == axis else n for i, n in enumerate(tensor.shape)]
         full = torch.randn(shape, generator=generator).mul_(model.init_std)
+        if name in (EMBEDDING, OUTPUT):
+            full[model.vocab_size :] = 0.0
         halves = 2 if "linear_fc1" in name else 1  # gate and up, each of them sharded
         tensor.copy_(torch.cat([half.chunk(shards, axis)[shard] for half in full.chunk(halves)], axis))
 

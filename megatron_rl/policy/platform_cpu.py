@@ -1,7 +1,7 @@
 """Lets unmodified Megatron-Core 0.16.1 run on a machine without CUDA; on one with CUDA it does nothing.
 
 Megatron-Core asks `torch.cuda` for its device, its streams and its random state, and allocates with `device="cuda"`. Here these
-answers are redirected to the CPU, and four places of Megatron itself are mended. Upstream lines are those of 0.16.1 under
+answers are redirected to the CPU, and five places of Megatron itself are mended. Upstream lines are those of 0.16.1 under
 megatron/core/; unless a comment says otherwise, a patch can go once Megatron-Core takes its device from its configuration.
 
 Invariants: `install` can be called any number of times, from any module, before or after Megatron was imported; no result on a
@@ -126,11 +126,16 @@ def _mend_megatron() -> None:
     import megatron.core.tensor_parallel.random as tp_random
     import megatron.core.transformer.moe.moe_utils as moe_utils
     import megatron.core.transformer.moe.token_dispatcher as dispatcher
+    import megatron.core.transformer.multi_latent_attention as latent_attention
     from megatron.core.transformer.torch_norm import WrappedTorchNorm
 
     tp_random._get_cuda_rng_state, tp_random._set_cuda_rng_state = _rng_state, _set_rng_state  # random.py:41, :72
     if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None  # moe_utils.py:1192 reads a name that only an import of Transformer Engine defines
+
+    latent_attention.HAVE_TE = (
+        False  # multi_latent_attention.py:63 takes None for classes of Transformer Engine, and :185 asks for one
+    )
 
     def to_numpy(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
         return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor

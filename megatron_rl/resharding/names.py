@@ -200,7 +200,7 @@ def _fill(pattern: str, numbers: list[int]) -> str:
 
 
 def _kv_groups(model: ModelConfig, tensors: int, shard: int, shards: int) -> list[tuple[int, int, int]]:
-    """Megatron interleaves per KV group [its queries, key, value]; Hugging Face has [all Q, all K, all V], in one tensor or three."""
+    """Megatron interleaves per KV group [its queries, key, value]; Hugging Face has [all Q, all K, all V], in `tensors` tensors."""
     groups, dim = model.num_kv_heads, model.head_dim
     queries = model.num_attention_heads // groups * dim
     k, keys, v, values = (1, 0, 2, 0) if tensors == 3 else (0, groups * queries, 0, groups * (queries + dim))

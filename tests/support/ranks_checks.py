@@ -38,7 +38,7 @@ def vocabulary() -> dict[str, object]:
     tokens_R = torch.randint(12 * world, (50,))
     grads = [torch.randn(50), torch.randn(50)]
     mine, whole = logits_RV.chunk(world, 1)[rank].clone().requires_grad_(), logits_RV.clone().requires_grad_()
-    ours, expected = row_logprobs(mine, tokens_R, 0.7, dist.group.WORLD), token_logprobs(whole, tokens_R, 0.7)
+    ours, expected = row_logprobs(mine, tokens_R, 0.7, dist.group.WORLD, whole.size(1)), token_logprobs(whole, tokens_R, 0.7)
     torch.autograd.backward(ours, grads)
     torch.autograd.backward(expected, grads)
     pairs = [*zip(ours, expected, strict=True), (mine.grad, whole.grad.chunk(world, 1)[rank])]

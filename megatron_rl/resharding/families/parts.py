@@ -71,11 +71,11 @@ def dense_mlp() -> tuple[Rule, ...]:
 def experts(bias: str = "", shared: bool = True) -> tuple[Rule, ...]:
     """A router, its bias (a buffer), the routed experts, and the shared ones as one."""
     mg = M + "mlp."
-    rules = (Rule((L + "mlp.gate.weight",), (mg + "router.weight",), ("experts hidden",), "replicated", "moe"),)
+    rules: tuple[Rule, ...] = (Rule((L + "mlp.gate.weight",), (mg + "router.weight",), ("experts hidden",), "replicated", "moe"),)
     if bias:
         name, megatron = (L + f"mlp.gate.{bias}",), (mg + "router.expert_bias",)
         rules += (Rule(name, megatron, ("experts",), "replicated", "moe", lambda model: bool(model.moe and model.moe.expert_bias)),)
-    spellings = (mg + "experts.local_experts.{expert}.FC.weight", mg + "experts.FC.weight{expert}")
+    spellings: tuple[str, ...] = (mg + "experts.local_experts.{expert}.FC.weight", mg + "experts.FC.weight{expert}")
     rules += swiglu(L + "mlp.experts.{expert}.", spellings, "expert_ffn", "moe")
     if shared:
         spellings, has = (mg + "shared_experts.FC.weight",), lambda model: bool(model.moe and model.moe.num_shared_experts)

@@ -19,7 +19,12 @@ CONFIG = ConfigTable(
     },
     optional={**TIED, "head_dim": ("head_dim", head_dim)},
     same={"attention_bias": False, "use_sliding_window": False, "decoder_sparse_step": 1, "mlp_only_layers": []},
-    implied=qwen3.CONFIG.implied
-    | {"moe.num_shared_experts": 0, "moe.first_dense_layers": 0, "moe.score_function": "softmax", "moe.expert_bias": False},
+    implied={
+        **qwen3.CONFIG.implied,
+        "moe.num_shared_experts": 0,
+        "moe.first_dense_layers": 0,
+        "moe.score_function": "softmax",
+        "moe.expert_bias": False,
+    },
 )
 FAMILY = Family(RULES, CONFIG.write, CONFIG.read)
