@@ -2,6 +2,7 @@
 
 from megatron_rl.config.errors import UserError
 from megatron_rl.config.load import validate
+from megatron_rl.config.plan import PlanRun
 from megatron_rl.config.run import EvalRun, RlRun, SftRun
 
-__all__ = ["EvalRun", "RlRun", "SftRun", "UserError", "validate"]
+__all__ = ["EvalRun", "PlanRun", "RlRun", "SftRun", "UserError", "validate"]

@@ -1,0 +1,1 @@
+"""Plans on paper: what a model needs at a layout, before anything is allocated. Pure arithmetic."""
