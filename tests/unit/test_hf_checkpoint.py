@@ -16,7 +16,9 @@ from toy_shards import cut, shard_shapes, small_model
 from megatron_rl.config.errors import UserError
 from megatron_rl.config.model import ModelConfig, ParallelConfig
 from megatron_rl.resharding.families import family_of, names_of
-from megatron_rl.resharding.hf import check_config, hf_config, load_hf, write_hf
+from megatron_rl.resharding.hf import hf_config, load_hf
+from megatron_rl.resharding.hf_source import check_config
+from megatron_rl.resharding.hf_target import write_hf
 
 MODEL = small_model()
 FULL = {name: torch.randn(shape, generator=torch.Generator().manual_seed(7)) for name, shape in names_of(MODEL).hf_shapes.items()}
