@@ -1,5 +1,7 @@
 """The error a user can mend."""
 
+from collections.abc import Sequence
+
 
 class UserError(ValueError):
     """Bad input from outside (config, data file, checkpoint, a port in use): shown as one line, without a traceback.
