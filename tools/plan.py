@@ -86,6 +86,7 @@ def as_dict(run: PlanRun, found: Found) -> dict[str, Any]:
         "with_a_lean_sync": [plan_dict(run, plan) for plan in found.leaner[: run.show]],
         "rejected": [{"reason": reason, "layouts": number} for reason, number in found.rejected],
         "looked_at": found.looked_at,
+        "fitting": found.fitting,
     }
 
 
@@ -106,7 +107,7 @@ def plan_dict(run: PlanRun, plan: Plan) -> dict[str, Any]:
 def overrides(run: PlanRun, plan: Plan) -> list[str]:
     """What to write on a run's command line."""
     parallel = plan.parallel
-    keys = [f"parallel.{key}={getattr(parallel, key)}" for key in SIZES if getattr(parallel, key) > 1]
+    keys = [f"parallel.{key}={getattr(parallel, key)}" for key in SIZES]
     if parallel.sequence_parallel:
         keys.append("parallel.sequence_parallel=true")
     if parallel.layers_per_stage:
@@ -128,9 +129,11 @@ def show(run: PlanRun, found: Found, console: Console) -> None:
         + (f", {mtp / 1e9:,.2f} B of multi-token prediction (frozen)" if mtp else "")
     )
     console.print(
-        f"{cluster.gpus} x {cluster.gpu}, {cluster.node_size} a node: {specs.memory_gib:g} GiB, of them {cluster.reserve_gib:g} reserved; "
+        f"{cluster.gpus} x {cluster.gpu}, {cluster.node_size} a node: "
+        f"{specs.memory_gib:g} GiB, of them {cluster.reserve_gib:g} reserved; "
         f"NVLink {specs.nvlink_gb_s:g}, network {cluster.network / 1e9:g}, host {specs.host_gb_s:g} GB/s\n"
-        f"sequences up to {run.longest:,} tokens, {run.step_tokens:,} tokens a step; {found.looked_at:,} layouts looked at\n"
+        f"sequences up to {run.longest:,} tokens, {run.step_tokens:,} tokens a step; "
+        f"{found.looked_at:,} layouts looked at, {found.fitting:,} fit\n"
     )
     plans = found.plans
     if not plans and found.nearest:

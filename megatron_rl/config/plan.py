@@ -88,10 +88,10 @@ class PlanRun(Config):
     engine: EngineConfig = EngineConfig()
     sequence_tokens: PositiveInt | None = None  # the longest prompt and response; null: what the model takes, at most 32,768
     step_tokens: PositiveInt = 8_388_608  # trained per optimizer step, over all replicas
-    recompute: Recompute | Literal["auto"] = "auto"  # auto: the least that fits
+    recompute: Literal["auto", "none", "selective", "mlp", "full"] = "auto"  # auto: the least that fits
     expert_imbalance: float = Field(default=1.25, ge=1.0)  # tokens of the busiest expert rank over the mean
     sync_keeps: tuple[Literal["gradients", "optimizer", "kv_cache"], ...] = ("gradients", "optimizer", "kv_cache")
-    kv_sequences: PositiveInt = 4  # of the longest length: what an engine's KV cache has to hold at least
+    kv_sequences: PositiveInt = 8  # of the longest length: what an engine's KV cache has to hold at least
     show: PositiveInt = 5  # layouts
 
     @model_validator(mode="after")

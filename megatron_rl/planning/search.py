@@ -9,6 +9,7 @@ that was looked at is counted under a reason.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -47,7 +48,8 @@ class Plan:
 @dataclass(frozen=True)
 class Found:
     census: Census
-    plans: list[Plan]  # the best first
+    plans: list[Plan]  # those that fit, the best of each TP x PP x EP, the best first
+    fitting: int
     nearest: Plan | None  # where none fits: the one that lacks least
     leaner: list[Plan]  # where none fits: those that would if a sync kept nothing on the device that it does not need
     rejected: list[tuple[str, int]]  # reasons, the most frequent first
@@ -88,7 +90,7 @@ def search(run: PlanRun, named: Collection[str]) -> Found:
     if not fitting and run.sync_keeps:
         lean = run.model_copy(update={"sync_keeps": ()})
         leaner = [plan for parallel in trains if not (plan := evaluate(lean, census, parallel, engines, named)).problem]
-    return Found(census, _ranked(fitting), nearest, _ranked(leaner), rejected, looked_at)
+    return Found(census, _ranked(fitting), len(fitting), nearest, _ranked(leaner), rejected, looked_at)
 
 
 def _why_none(run: PlanRun, named: Collection[str]) -> str:
@@ -104,7 +106,6 @@ def _why_none(run: PlanRun, named: Collection[str]) -> str:
 
 
 def _ranked(plans: Sequence[Plan]) -> list[Plan]:
-    """The best of each TP x PP x EP, the best first."""
     best: dict[tuple[int, int, int], Plan] = {}
     for plan in sorted(plans, key=_merit):
         best.setdefault((plan.parallel.tp, plan.parallel.pp, plan.parallel.ep), plan)
@@ -117,7 +118,8 @@ def _merit(plan: Plan) -> tuple[float, float]:
 
 def _kind(problem: str) -> str:
     """Without the numbers of the one layout."""
-    return "does not fit" + problem.partition("GiB")[2].partition(" on")[0]
+    phase = problem.partition(" in phase ")[2].split()[0]
+    return f"does not fit in phase {phase}"
 
 
 def _lack(run: PlanRun, plan: Plan) -> float:
@@ -194,23 +196,21 @@ def evaluate(
     trains = train.total <= run.cluster.usable_bytes
     for engine in engines if trains else engines[-1:]:  # the smallest that fits
         sync = sync_of(run, census, engine, policy[fullest])
-        usages, kv_tokens, problem = _share(run, engine, policy[fullest], fullest, sync, named)
-        if not problem:
+        served = _share(run, engine, policy[fullest], fullest, sync, named)
+        if not served.problem:
             break
-    if not trains:
-        problem = _does_not_fit(run, train)
     return Plan(
         parallel=parallel,
         recompute=recompute,
-        engine=engine,
-        kv_tokens=kv_tokens,
-        mem_fraction=(engine.weights + kv_tokens * engine.kv_per_token) / (run.cluster.specs.memory_gib * GIB),
+        engine=served.engine,
+        kv_tokens=served.tokens,
+        mem_fraction=served.fraction,
         held=most,
         microbatches=number,
-        usages=(train, *usages),
+        usages=(train, *served.usages),
         sync=sync,
         time=step_time(run, census, parallel, ranks, most, recompute),
-        problem=problem,
+        problem=served.problem if trains else _does_not_fit(run, train),
     )
 
 
@@ -237,29 +237,42 @@ def _train(
     return recompute, fullest
 
 
-def _share(
-    run: PlanRun, engine: Engine, policy: PolicyBytes, rank: int, sync: Sync, named: Collection[str]
-) -> tuple[tuple[Usage, Usage], float, str]:
-    """Sync and generation with this engine, the tokens of its KV cache, and what is wrong with them."""
+@dataclass(frozen=True)
+class Served:
+    """Sync and generation with an engine."""
+
+    engine: Engine
+    fraction: float
+    tokens: float
+    usages: tuple[Usage, Usage]
+    problem: str
+
+
+def _share(run: PlanRun, engine: Engine, policy: PolicyBytes, rank: int, sync: Sync, named: Collection[str]) -> Served:
     usable, keeps = run.cluster.usable_bytes, run.sync_keeps
     moving = {"weights": policy.weights, "engine weights": engine.weights, "buckets": BUCKETS * sync.bucket_bytes}
     moving |= {kind: getattr(policy, kind) for kind in ("gradients", "optimizer") if kind in keeps}
     resting = {"weights": policy.fixed, "engine weights": engine.weights}
-    room = usable - max(sum(resting.values()), sum(moving.values()) if "kv_cache" in keeps else 0.0)
-    wanted = run.kv_sequences * run.longest
+    memory, wanted = run.cluster.specs.memory_gib * GIB, run.kv_sequences * run.longest
     if "engine.mem_fraction_static" in named:
-        room = run.engine.mem_fraction_static * run.cluster.specs.memory_gib * GIB - engine.weights
-    tokens = max(room / engine.kv_per_token, 0.0)
-    if run.engine.max_total_tokens:
-        wanted = tokens = run.engine.max_total_tokens
+        fraction = run.engine.mem_fraction_static
+    else:  # all that neither phase needs
+        taken = max(sum(resting.values()), sum(moving.values()) if "kv_cache" in keeps else 0.0)
+        fraction = max(0.0, math.floor(1000 * (usable - taken + engine.weights) / memory) / 1000)
+    tokens = max(0.0, fraction * memory - engine.weights) / engine.kv_per_token
+    if limit := run.engine.max_total_tokens:
+        tokens, wanted = min(tokens, limit), min(wanted, limit)
     cache = {"KV cache": max(tokens, wanted) * engine.kv_per_token}
     usages = (
         Usage("sync", rank, moving | (cache if "kv_cache" in keeps else {})),
         Usage("generate", rank, resting | cache),
     )
-    over = [usage for usage in usages if usage.total > usable * (1 + 1e-9)]
+    over = [usage for usage in usages if usage.total > usable]
     problem = _does_not_fit(run, over[0]) if over else ""
-    return usages, max(tokens, wanted), problem
+    if not over and tokens < wanted:
+        leaves = f"engine.mem_fraction_static={fraction:g} leaves the KV cache {tokens:,.0f} of {wanted:,} tokens"
+        problem = f"does not fit: {leaves} in phase generate"
+    return Served(engine, fraction, tokens, usages, problem)
 
 
 def _does_not_fit(run: PlanRun, usage: Usage) -> str:

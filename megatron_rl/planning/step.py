@@ -1,7 +1,7 @@
 """How long a training step takes at peak rates with nothing overlapped: a measure to rank layouts by, not a forecast.
 
-Matrix products at the GPU's dense bfloat16 rate, attention as if every token saw half of the longest sequence, and the bytes of each
-collective over the slowest link its group crosses. Ranks are ordered tp-cp-ep-dp-pp, as Megatron orders them, so a group of
+Matrix products at the GPU's dense bfloat16 rate, attention as if every token saw half of the longest sequence, and the bytes of
+each collective over the slowest link its group crosses. Ranks are ordered tp-cp-ep-dp-pp, as Megatron orders them, so a group of
 consecutive ranks that fits into a node stays in it.
 
 Invariant: a layout that moves more bytes over a link, waits longer for its slowest stage or recomputes more never gets a smaller

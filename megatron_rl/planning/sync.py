@@ -17,7 +17,7 @@ from megatron_rl.config.plan import PlanRun
 from megatron_rl.planning.memory import FP8, Engine, PolicyBytes, item_bytes
 from megatron_rl.planning.parameters import Census, Tensors
 
-BUCKETS = 3  # at rank 0: packets of one bucket, the bucket, and its copy that the engines map (engine/weights.py)
+BUCKETS = 2  # at the rank that hands them to an engine: one being gathered, one being taken
 
 
 @dataclass(frozen=True)
