@@ -113,6 +113,7 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, dtype: torc
         bias_dropout_fusion=te,
         apply_rope_fusion=te and not (model.mla and not model.rope_scaling),  # transformer_config.py:2068
         gradient_accumulation_fusion=False,
+        moe_token_dispatcher_type="alltoall",  # the only one that takes variable lengths (Megatron asks dense models, too)
         **(_moe_config(model, te) if model.moe else {}),
         **(_mla_config(model) if model.mla else {}),
     )
@@ -147,7 +148,6 @@ def _moe_config(model: ModelConfig, te: bool) -> dict[str, Any]:
         "moe_router_bias_update_rate": moe.expert_bias_update_rate,
         "moe_router_dtype": "fp32",
         "moe_router_load_balancing_type": "none",  # no hidden loss term
-        "moe_token_dispatcher_type": "alltoall",  # the only one that takes replicas of different lengths
         "moe_grouped_gemm": te,
         "moe_permute_fusion": te,
     }

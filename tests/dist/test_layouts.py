@@ -11,7 +11,7 @@ import pytest
 from ranks import SUPPORT, run_ranks
 
 SP = {"sequence_parallel": True}
-LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
+LING: dict[int, dict[str, dict[str, Any]]] = {
     1: {"one": {}},
     2: {
         "DP2": {},
@@ -29,6 +29,17 @@ LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
     },
     4: {"TP2 PP2 EP2": {"tp": 2, "pp": 2, "ep": 2, **SP}, "TP2 CP2": {"tp": 2, "cp": 2, **SP}},
 }
+TP2, EP2, PP2, CP2 = {"tp": 2, **SP}, {"ep": 2}, {"pp": 2, "layers_per_stage": [3, 1]}, {"cp": 2}
+OTHERS: dict[str, dict[str, dict[str, Any]]] = {
+    "latent": {"TP2": TP2, "PP2": PP2, "CP2": CP2},
+    "normalised head": {"TP2": TP2, "EP2": EP2},
+    "tied, biased": {"TP2": TP2, "PP2": PP2},
+}
+LAYOUTS: dict[int, dict[str, dict[str, dict[str, Any]]]] = {
+    1: {"ling": LING[1]} | {model: {"one": {}} for model in OTHERS},
+    2: {"ling": LING[2]} | OTHERS,
+    4: {"ling": LING[4]},
+}
 COMPARED = ("policy/grad_norm", "policy/lr", "loss/policy", "loss/kl", "loss/entropy", "tokens", "mismatch/logprob_gap_max")
 
 pytestmark = pytest.mark.dist
@@ -39,20 +50,23 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All layouts of a world size in one launch: most of a launch is the import of Megatron."""
     out = tmp_path_factory.mktemp("layouts")
     for world, layouts in LAYOUTS.items():
-        run_ranks(world, SUPPORT / "layout_run.py", [str(out), json.dumps(layouts)], timeout=240)
+        run_ranks(world, SUPPORT / "layout_run.py", [str(out), json.dumps(layouts)], timeout=280)
     return out
 
 
-def result(results: Path, layout: str, rank: int) -> dict[str, Any]:
-    return json.loads((results / f"{layout}.{rank}.json").read_text())
+def result(results: Path, layout: str, rank: int, model: str = "ling") -> dict[str, Any]:
+    return json.loads((results / f"{model}.{layout}.{rank}.json").read_text())
 
 
-@pytest.mark.parametrize(("world", "layout"), [(world, name) for world, layouts in LAYOUTS.items() for name in layouts])
-def test_losses_norms_and_logprobs_are_those_of_one_process(results: Path, world: int, layout: str) -> None:
-    one = result(results, "one", 0)
+RUNS = [(world, model, name) for world, models in LAYOUTS.items() for model, layouts in models.items() for name in layouts]
+
+
+@pytest.mark.parametrize(("world", "model", "layout"), RUNS)
+def test_losses_norms_and_logprobs_are_those_of_one_process(results: Path, world: int, model: str, layout: str) -> None:
+    one = result(results, "one", 0, model)
     seen: set[str] = set()
     for rank in range(world):
-        there = result(results, layout, rank)
+        there = result(results, layout, rank, model)
         for expected, step in zip(one["steps"], there["steps"], strict=True):
             assert step["policy/skipped"] == 0.0
             for name in COMPARED:
@@ -78,7 +92,7 @@ def test_training_moves_the_weights_and_not_the_reference(results: Path) -> None
 
 def test_replicas(results: Path) -> None:
     """CP, TP and PP ranks share a dp_rank; EP ranks are data-parallel."""
-    places = {layout: [result(results, layout, rank)["dp"] for rank in range(2)] for layout in LAYOUTS[2]}
+    places = {layout: [result(results, layout, rank)["dp"] for rank in range(2)] for layout in LING[2]}
     for layout in ("DP2", "EP2"):
         assert places[layout] == [[0, 2], [1, 2]]
     for layout in ("TP2", "TP2 EP2", "PP2", "CP2"):

@@ -1,8 +1,8 @@
 """Ranks of tests/dist/test_layouts.py: three steps of the same training at one layout after another.
 
-    layout_run.py OUT {"name": {"tp": 2, ...}, ...}
+    layout_run.py OUT {"model": {"layout": {"tp": 2, ...}, ...}, ...}
 
-Every rank writes OUT/<layout>.<rank>.json: metrics of each step, and log-probs of its replica's microbatches by their number.
+Every rank writes OUT/<model>.<layout>.<rank>.json: metrics of each step, and log-probs of its microbatches by their number.
 """
 
 from __future__ import annotations
@@ -13,25 +13,32 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from tiny_families import tiny_model
 
 from megatron_rl.algorithms.batch import PackedBatch
 from megatron_rl.algorithms.loss import policy_loss
 from megatron_rl.config.model import ModelConfig, OptimizerConfig, ParallelConfig
 from megatron_rl.policy import MegatronPolicy, MegatronRanks
 
-MODEL = ModelConfig.model_validate(
-    {
-        "vocab_size": 48,
-        "hidden_size": 32,
-        "num_layers": 4,
-        "num_attention_heads": 4,
-        "num_kv_heads": 2,
-        "head_dim": 16,
-        "ffn_hidden_size": 64,
-        "moe": {"num_experts": 8, "top_k": 4, "ffn_hidden_size": 32, "num_groups": 4, "topk_groups": 2},
-        "init_std": 0.1,
-    }
-)
+VOCABULARY = 51  # no multiple of 2: padded under TP2
+MODELS = {
+    "ling": ModelConfig.model_validate(
+        {
+            "vocab_size": 48,
+            "hidden_size": 32,
+            "num_layers": 4,
+            "num_attention_heads": 4,
+            "num_kv_heads": 2,
+            "head_dim": 16,
+            "ffn_hidden_size": 64,
+            "moe": {"num_experts": 8, "top_k": 4, "ffn_hidden_size": 32, "num_groups": 4, "topk_groups": 2},
+            "init_std": 0.1,
+        }
+    ),
+    "latent": tiny_model("deepseek_v3_yarn", vocab_size=VOCABULARY),  # and multi-token prediction
+    "normalised head": tiny_model("bailing_moe", vocab_size=VOCABULARY),
+    "tied, biased": tiny_model("qwen2_tied", vocab_size=VOCABULARY),
+}
 OPTIMIZER = OptimizerConfig(lr=1e-3, warmup_steps=2, decay="linear", grad_clip=0.5)
 STEPS, MICROBATCHES, SEQUENCES = 3, 4, 5
 TEMPERATURE = 0.9
@@ -45,7 +52,7 @@ def microbatch(seed: int) -> PackedBatch:
     mask_T = (torch.rand(total, generator=random) < 0.7).float()
     mask_T[starts] = 0.0
     return PackedBatch(
-        tokens_T=torch.randint(MODEL.vocab_size, (total,), generator=random),
+        tokens_T=torch.randint(48, (total,), generator=random),
         cu_seqlens=torch.cat([torch.zeros(1), lengths.cumsum(0)]).to(torch.int32),
         loss_mask_T=mask_T,
         fields={
@@ -56,10 +63,10 @@ def microbatch(seed: int) -> PackedBatch:
     )
 
 
-def run(layout: dict[str, object], device_batches: list[PackedBatch]) -> dict[str, object]:
+def run(model: ModelConfig, layout: dict[str, object], device_batches: list[PackedBatch]) -> dict[str, object]:
     parallel = ParallelConfig.model_validate(layout)
-    ranks = MegatronRanks(parallel, MODEL)
-    policy = MegatronPolicy(MODEL, parallel, OPTIMIZER, total_steps=STEPS, seed=3, ranks=ranks, with_reference=True)
+    ranks = MegatronRanks(parallel, model)
+    policy = MegatronPolicy(model, parallel, OPTIMIZER, total_steps=STEPS, seed=3, ranks=ranks, with_reference=True)
     for name, tensor in policy.weights().items():
         if name.endswith("expert_bias"):
             tensor.copy_(torch.linspace(-0.2, 0.2, len(tensor)))
@@ -83,9 +90,11 @@ def run(layout: dict[str, object], device_batches: list[PackedBatch]) -> dict[st
 def main() -> None:
     out, layouts = Path(sys.argv[1]), json.loads(sys.argv[2])
     dist.init_process_group("gloo")
-    for name, layout in layouts.items():
-        batches = [microbatch(seed) for seed in range(STEPS * MICROBATCHES)]
-        (out / f"{name}.{dist.get_rank()}.json").write_text(json.dumps(run(layout, batches)))
+    for model, of_model in layouts.items():
+        for name, layout in of_model.items():
+            batches = [microbatch(seed) for seed in range(STEPS * MICROBATCHES)]
+            result = run(MODELS[model], layout, batches)
+            (out / f"{model}.{name}.{dist.get_rank()}.json").write_text(json.dumps(result))
     dist.destroy_process_group()
 
 

@@ -34,11 +34,13 @@ def vocabulary() -> dict[str, object]:
     dist.init_process_group("gloo")
     rank, world = dist.get_rank(), dist.get_world_size()
     torch.manual_seed(0)
+    vocabulary = 12 * world - 3  # and padding
     logits_RV = 20 * torch.randn(50, 12 * world)
-    tokens_R = torch.randint(12 * world, (50,))
+    tokens_R = torch.randint(vocabulary, (50,))
     grads = [torch.randn(50), torch.randn(50)]
     mine, whole = logits_RV.chunk(world, 1)[rank].clone().requires_grad_(), logits_RV.clone().requires_grad_()
-    ours, expected = row_logprobs(mine, tokens_R, 0.7, dist.group.WORLD, whole.size(1)), token_logprobs(whole, tokens_R, 0.7)
+    ours = row_logprobs(mine, tokens_R, 0.7, dist.group.WORLD, vocabulary)
+    expected = token_logprobs(whole[:, :vocabulary].contiguous(), tokens_R, 0.7)
     torch.autograd.backward(ours, grads)
     torch.autograd.backward(expected, grads)
     pairs = [*zip(ours, expected, strict=True), (mine.grad, whole.grad.chunk(world, 1)[rank])]

@@ -1,9 +1,10 @@
-"""BailingMoeV2's forward pass in plain torch, from a checkpoint's tensors: what every engine and policy must agree with.
+"""The forward pass of BailingMoe and BailingMoeV2 in plain torch, from the tensors of a checkpoint: what every engine and policy
+must agree with.
 
     logits_TV = reference_logits(weights, config, tokens)          # one sequence, no cache
     logprobs_T = reference_logprobs(weights, config, tokens, temperature=1.0)   # of tokens[1:], given what is before each
 
-Written from the Ling 2.0 report (arXiv 2510.22115) and checked against the original implementation's outputs.
+Written from the Ling reports (arXiv 2503.05139, 2510.22115); the second is checked against the original implementation's outputs.
 """
 
 from __future__ import annotations
@@ -25,7 +26,10 @@ def reference_logits(weights: Weights, config: Mapping[str, Any], tokens: Sequen
         x = x + _attention(layer, config, _norm(x, layer["input_layernorm.weight"], config))
         h = _norm(x, layer["post_attention_layernorm.weight"], config)
         x = x + (_mlp(layer, "mlp", h) if i < config["first_k_dense_replace"] else _experts(layer, config, h))
-    return linear(_norm(x, weights["model.norm.weight"], config), weights["lm_head.weight"])
+    head = weights["lm_head.weight"]
+    if config.get("norm_head"):
+        head = head / head.norm(dim=0)
+    return linear(_norm(x, weights["model.norm.weight"], config), head)
 
 
 def reference_logprobs(
@@ -40,18 +44,19 @@ def _norm(x: torch.Tensor, weight: torch.Tensor, config: Mapping[str, Any]) -> t
 
 
 def _attention(layer: Weights, config: Mapping[str, Any], h: torch.Tensor) -> torch.Tensor:
-    heads, kv_heads, dim = config["num_attention_heads"], config["num_key_value_heads"], config["head_dim"]
+    heads, kv_heads, dim = config["num_attention_heads"], config["num_key_value_heads"], _head_dim(config)
     qkv = linear(h, layer["attention.query_key_value.weight"]).view(len(h), heads + 2 * kv_heads, dim)
     q, k, v = qkv.split([heads, kv_heads, kv_heads], dim=1)
-    q = _rotate(_norm(q, layer["attention.query_layernorm.weight"], config), config)
-    k = _rotate(_norm(k, layer["attention.key_layernorm.weight"], config), config)
+    if config.get("use_qk_norm"):
+        q, k = (_norm(x, layer[f"attention.{which}_layernorm.weight"], config) for x, which in ((q, "query"), (k, "key")))
+    q, k = _rotate(q, config), _rotate(k, config)
     q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))
     out = scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     return linear(out[0].transpose(0, 1).flatten(1), layer["attention.dense.weight"])
 
 
 def _rotate(x_THD: torch.Tensor, config: Mapping[str, Any]) -> torch.Tensor:
-    rotated = int(config["head_dim"] * config["partial_rotary_factor"])
+    rotated = int(_head_dim(config) * config.get("partial_rotary_factor", 1.0))
     frequencies = config["rope_theta"] ** -(torch.arange(0, rotated, 2) / rotated)
     angles = torch.arange(len(x_THD))[:, None] * frequencies
     cos, sin = (torch.cat([f, f], -1)[:, None] for f in (angles.cos(), angles.sin()))
@@ -65,18 +70,29 @@ def _mlp(layer: Weights, name: str, h: torch.Tensor) -> torch.Tensor:
     return linear(silu(gate) * up, layer[f"{name}.down_proj.weight"])
 
 
+def _head_dim(config: Mapping[str, Any]) -> int:
+    return int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
+
+
 def _experts(layer: Weights, config: Mapping[str, Any], h: torch.Tensor) -> torch.Tensor:
-    scores_TE = linear(h, layer["mlp.gate.weight"]).sigmoid()
-    biased_TE = scores_TE + layer["mlp.gate.expert_bias"]
-    grouped_TGE = biased_TE.view(len(h), config["n_group"], -1)
-    best_TG = grouped_TGE.topk(2, -1).values.sum(-1).topk(config["topk_group"], -1).indices
-    allowed_TG = torch.zeros(grouped_TGE.shape[:2], dtype=torch.bool).scatter(1, best_TG, True)
-    allowed_TE = allowed_TG[..., None].expand_as(grouped_TGE).flatten(1)
-    chosen_TK = biased_TE.masked_fill(~allowed_TE, float("-inf")).topk(config["num_experts_per_tok"], -1).indices
-    gates_TK = scores_TE.gather(1, chosen_TK)
-    gates_TK = gates_TK / gates_TK.sum(-1, keepdim=True) * config["routed_scaling_factor"]
+    logits_TE = linear(h, layer["mlp.gate.weight"])
+    if config.get("score_function") == "sigmoid":
+        gates_TK, chosen_TK = _grouped(layer, config, logits_TE.sigmoid())
+    else:
+        gates_TK, chosen_TK = logits_TE.softmax(-1).topk(config["num_experts_per_tok"], -1)
+    gates_TK = gates_TK / gates_TK.sum(-1, keepdim=True) * config.get("routed_scaling_factor", 1.0)
     out = _mlp(layer, "mlp.shared_experts", h)
     for expert in range(config["num_experts"]):
         gate_T = (gates_TK * (chosen_TK == expert)).sum(-1)
         out = out + gate_T[:, None] * _mlp(layer, f"mlp.experts.{expert}", h)
     return out
+
+
+def _grouped(layer: Weights, config: Mapping[str, Any], scores_TE: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    biased_TE = scores_TE + layer["mlp.gate.expert_bias"]
+    grouped_TGE = biased_TE.view(len(scores_TE), config["n_group"], -1)
+    best_TG = grouped_TGE.topk(2, -1).values.sum(-1).topk(config["topk_group"], -1).indices
+    allowed_TG = torch.zeros(grouped_TGE.shape[:2], dtype=torch.bool).scatter(1, best_TG, True)
+    allowed_TE = allowed_TG[..., None].expand_as(grouped_TGE).flatten(1)
+    chosen_TK = biased_TE.masked_fill(~allowed_TE, float("-inf")).topk(config["num_experts_per_tok"], -1).indices
+    return scores_TE.gather(1, chosen_TK), chosen_TK
