@@ -35,6 +35,7 @@ class Trainable(Protocol):
     chunks: list[Any]  # this rank's model chunks, wrapped in DDP or not
     optimizer: Any  # a MegatronOptimizer
     updates: int  # optimizer steps taken; the learning rate follows from it
+    vocab_size: int  # without padding
 
 
 def sharded_state(policy: Trainable, *, loading: bool, rng: bool = True) -> dict[str, Any]:
@@ -85,7 +86,7 @@ def describe(policy: Trainable) -> dict[str, Any]:
     """The model's sizes. Loading would not notice another vocabulary (Megatron pads it) or fewer layers (keys not asked for)."""
     model = next(_models(policy))
     sizes = {name: getattr(model.config, name) for name in _SIZES}
-    return {"vocab_size": model.vocab_size} | sizes
+    return {"vocab_size": policy.vocab_size} | sizes
 
 
 _SIZES = (

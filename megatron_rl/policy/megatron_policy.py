@@ -62,6 +62,7 @@ class MegatronPolicy:
 
         self.device, self.dtype = ranks.device, dtype_of(model, ranks.device)
         self._offloaded = False
+        self.vocab_size = model.vocab_size
         self.updates = 0  # optimizer steps taken; the learning rate follows from it
         self._model, self._parallel, self._optimizer_config, self._total_steps = model, parallel, optimizer, total_steps
         bare = build_chunks(model, parallel, ranks.device)

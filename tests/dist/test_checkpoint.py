@@ -7,7 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import yaml
 from ranks import run_ranks
+from tiny_families import tiny_model
 
 pytestmark = pytest.mark.dist
 
@@ -44,7 +46,7 @@ def loss(new_logprobs_T, entropy_T, batch):
 
 def train(policy, step):
     generator = torch.Generator().manual_seed(step)
-    sequences = torch.randint(0, 64, (4, 30), generator=generator)
+    sequences = torch.randint(0, config["vocab_size"], (4, 30), generator=generator)
     sequences = sequences[parallel_state.get_data_parallel_rank() :: parallel_state.get_data_parallel_world_size()]
     lengths = torch.full((len(sequences),), 30)
     cu_seqlens = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).int()
@@ -92,10 +94,9 @@ Results = list[tuple[list[float], str]]
 """([grad norm of steps 2 and 3], what the rank ended with), rank after rank and in each layout after layout"""
 
 
-def run(nproc: int, source: str, folder: Path, repo_root: Path, layouts: list[dict[str, object]]) -> Results:
+def run(nproc: int, source: str, folder: Path, model: Path, layouts: list[dict[str, object]]) -> Results:
     script = folder / "script.py"
     script.write_text(source)
-    model = repo_root / "conf/model/tiny_ling.yaml"
     output = run_ranks(nproc, script, [str(model), str(folder / "checkpoints"), json.dumps(layouts)])
     return [tuple(json.loads(line.split(maxsplit=1)[1])) for line in output.splitlines() if line.startswith("RESULT")]
 
@@ -109,15 +110,20 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(folder: Path, repo_root: Path) -> Results:
-    """Two ranks with EP 2 that saved at step 2 and went on."""
-    return run(2, UNINTERRUPTED, folder, repo_root, [{"ep": 2}])
+def ling(repo_root: Path) -> Path:
+    return repo_root / "conf/model/tiny_ling.yaml"
 
 
 @pytest.fixture(scope="module")
-def resumed(folder: Path, repo_root: Path, uninterrupted: object) -> Results:
+def uninterrupted(folder: Path, ling: Path) -> Results:
+    """Two ranks with EP 2 that saved at step 2 and went on."""
+    return run(2, UNINTERRUPTED, folder, ling, [{"ep": 2}])
+
+
+@pytest.fixture(scope="module")
+def resumed(folder: Path, ling: Path, uninterrupted: object) -> Results:
     """Two other ranks that went on from step 2, at that layout and at others."""
-    return run(2, RESUMED, folder, repo_root, [{"ep": 2}, *OTHERS])
+    return run(2, RESUMED, folder, ling, [{"ep": 2}, *OTHERS])
 
 
 def test_a_resumed_run_goes_on_bit_for_bit(uninterrupted: Results, resumed: Results) -> None:
@@ -134,14 +140,21 @@ def test_a_run_goes_on_at_another_layout(uninterrupted: Results, resumed: Result
 ONE_RANK = RESUMED + 'print("RESULT", json.dumps([refused(build({}, vocab_size=32, num_layers=3)[1].restore), ""]))'
 
 
-def test_one_rank_goes_on_with_either_optimizer_and_refuses_another_model(
-    folder: Path, repo_root: Path, uninterrupted: Results
-) -> None:
-    *resumed, (message, _) = run(1, ONE_RANK, folder, repo_root, [{}, {"distributed_optimizer": False}])
+def test_one_rank_goes_on_with_either_optimizer_and_refuses_another_model(folder: Path, ling: Path, uninterrupted: Results) -> None:
+    *resumed, (message, _) = run(1, ONE_RANK, folder, ling, [{}, {"distributed_optimizer": False}])
     assert len(resumed) == 2
     for norms, _ in resumed:
         assert norms == pytest.approx(uninterrupted[0][0], rel=1e-5)
     assert "is of another model: vocab_size=32 (there: 64), num_layers=3 (there: 4)" in message
+
+
+def test_latent_attention_prediction_layers_and_a_padded_vocabulary_move_between_layouts(tmp_path: Path) -> None:
+    model = tmp_path / "model.yaml"
+    model.write_text(yaml.safe_dump(tiny_model("deepseek_v3", vocab_size=51).model_dump()))  # no multiple of 2
+    tp2, pp2 = {"tp": 2, "sequence_parallel": True}, {"pp": 2, "layers_per_stage": [3, 1]}
+    saved = run(2, UNINTERRUPTED, tmp_path, model, [tp2])
+    for norms, _ in [*run(2, RESUMED, tmp_path, model, [tp2, pp2]), *run(1, RESUMED, tmp_path, model, [{}])]:
+        assert norms == pytest.approx(saved[0][0], rel=1e-5)
 
 
 FAILURES = (
