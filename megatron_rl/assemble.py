@@ -189,7 +189,8 @@ def rl_parts(config: RlRun, run_dir: Path, core: PolicyParts, stop: StopFlag, st
         shape = architecture_only(config, run_dir, tokenizer)
         empty = config.engine.model_copy(update={"server_args": {"load_format": "dummy"} | config.engine.server_args})
         engines = sglang_engines(empty, shape, run_dir, config.model.max_position_embeddings, config.run.seed, stack)
-        sink = EngineWeights(engines, config.engine.tp, config.engine.sync.timeout_s)
+        sync = config.engine.sync
+        sink = EngineWeights(engines, config.engine.tp, sync.timeout_s, sync.transport)
         sampling = sampling_params(rollout.temperature, rollout.max_response_tokens, tokenizer, rollout.top_p, rollout.top_k)
         settings = Settings(
             token_budget=rollout.token_budget,

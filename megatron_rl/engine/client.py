@@ -52,7 +52,8 @@ class SglangEngine:
         self.name = name
         self.lost: str | None = None  # the first thing that went wrong
         self.held = Held()
-        self._host, self._port, self._vocab_size, self._request_timeout_s = host, port, vocab_size, request_timeout_s
+        self.host = host
+        self._port, self._vocab_size, self._request_timeout_s = port, vocab_size, request_timeout_s
         self._headers = {"Authorization": f"Bearer {api_key}", "Content-Type": "application/json"}
         self._serial = itertools.count()
         self._running: dict[str, str] = {}  # rollout id -> request id
@@ -93,15 +94,18 @@ class SglangEngine:
         async with self._session() as session:
             await asyncio.gather(*(self._post(session, "/abort_request", body) for body in bodies))
 
-    def call(self, path: str, body: Mapping[str, Any] | None = None, timeout_s: float | None = None) -> Any:
-        """Blocking: POST `body`, or GET where it is None; the JSON that came back, {} for an empty or plain-text answer."""
-        connection = http.client.HTTPConnection(self._host, self._port, timeout=timeout_s or self._request_timeout_s)
+    def call(
+        self, path: str, body: Mapping[str, Any] | None = None, timeout_s: float | None = None, refusable: bool = False
+    ) -> Any:
+        """Blocking: POST `body`, or GET where it is None; the JSON that came back, {} for an empty or plain-text answer.
+        `refusable`: a 400 is an answer as well."""
+        connection = http.client.HTTPConnection(self.host, self._port, timeout=timeout_s or self._request_timeout_s)
         try:
             method, data = ("GET", None) if body is None else ("POST", orjson.dumps(body))
             connection.request(method, path, body=data, headers=self._headers)
             response = connection.getresponse()
             content = response.read()
-            if response.status != 200:
+            if response.status != 200 and not (refusable and response.status == 400):
                 self.lose(f"{path} answered {response.status}: {_shortened(content)}")
             is_json = "json" in (response.headers.get("Content-Type") or "")
             return json.loads(content) if is_json and content else {}
@@ -112,7 +116,7 @@ class SglangEngine:
 
     def answers(self) -> bool:
         """Whether the server listens yet; never loses it."""
-        connection = http.client.HTTPConnection(self._host, self._port, timeout=CONNECT_TIMEOUT_S)
+        connection = http.client.HTTPConnection(self.host, self._port, timeout=CONNECT_TIMEOUT_S)
         try:
             connection.request("GET", "/model_info", headers=self._headers)
             return connection.getresponse().status == 200
@@ -128,7 +132,7 @@ class SglangEngine:
 
     def _session(self) -> aiohttp.ClientSession:
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_S, sock_read=self._request_timeout_s)
-        return aiohttp.ClientSession(f"http://{self._host}:{self._port}", headers=self._headers, timeout=timeout)
+        return aiohttp.ClientSession(f"http://{self.host}:{self._port}", headers=self._headers, timeout=timeout)
 
     async def _post(self, session: aiohttp.ClientSession, path: str, body: Mapping[str, Any]) -> None:
         try:
@@ -167,7 +171,7 @@ class SglangEngine:
             self.lose(f"/generate sent nonsense: {_reason(error)}")
 
     def lose(self, cause: str) -> NoReturn:
-        message = f"{self.name} ({self._host}:{self._port}): {' '.join(cause.split())}"
+        message = f"{self.name} ({self.host}:{self._port}): {' '.join(cause.split())}"
         self.lost = self.lost or message
         raise EngineLost(message)
 

@@ -25,7 +25,7 @@ from megatron_rl.engine.boxes import Box, disjoint, volume
 from megatron_rl.engine.dry_run import Spec, Write, follow, incomplete, part, places_of
 
 CHECK, VERIFY = "megatron_rl.check", "megatron_rl.verify"
-_HOOKED = "sglang.srt.model_executor.model_runner_components.weight_updater.WeightUpdater.update_weights_from_tensor"
+_UPDATER = "sglang.srt.model_executor.model_runner_components.weight_updater.WeightUpdater"
 T = TypeVar("T")
 _LAYER = re.compile(r"\blayers\.(\d+)\.")
 
@@ -55,7 +55,8 @@ _memories: WeakKeyDictionary[torch.nn.Module, _Memory] = WeakKeyDictionary()
 def register() -> None:
     from megatron_rl.engine.hooks import hook
 
-    hook(_HOOKED, "AROUND", answer)
+    hook(f"{_UPDATER}.update_weights_from_tensor", "AROUND", answer)
+    hook(f"{_UPDATER}.load_weights_from_distributed", "AROUND", load_received)
 
 
 def answer(
@@ -73,6 +74,13 @@ def answer(
             model, ((m.name, flat[m.start_idx : m.end_idx].view(m.dtype).view(m.shape)) for m in named_tensors["metadata"])
         )
     return load(updater, named_tensors=named_tensors, load_format=load_format)
+
+
+def load_received(
+    load: Callable[..., tuple[bool, str]], updater: Any, named_tensors: list[tuple[str, torch.Tensor]]
+) -> tuple[bool, str]:
+    note_arrivals(updater.get_model(), named_tensors)
+    return load(updater, named_tensors)
 
 
 def check(model: Any, manifest: Sequence[Sequence[Spec]]) -> Answer:

@@ -2,8 +2,8 @@
 
 SGLang is unmodified; what differs goes through the arguments of its `launch_server` and its hook registry (srt/plugins).
 - Everywhere: the server dies with the trainer that started it, and its children with the server. BailingMoeV2's configuration
-  class is registered, which SGLang has but does not register (srt/utils/hf_transformers/common.py:115). Its schedulers answer
-  what a weight push asks before and after (intake.py).
+  class is registered, which SGLang has but does not register (srt/utils/hf_transformers/common.py:115), and a plain one for
+  BailingMoe, of which it has the model alone. Its schedulers answer what a weight push asks before and after (intake.py).
 - On a CPU: stand-ins for two things that have no CPU build (standins.py), attention over whole batches (cpu_attention.py), and a
   factor that the native path forgets (cpu_experts.py). Children are forked, not spawned, and there is no detokenizer: that halves
   the time to start and the memory.
@@ -76,9 +76,17 @@ def die_with_parent() -> None:
 def register_configs() -> None:
     """Needed by every process that reads the model's config.json."""
     from sglang.srt.configs.bailing_moe_v2 import BailingMoeV2Config
-    from transformers import AutoConfig
+    from transformers import AutoConfig, PretrainedConfig
 
-    AutoConfig.register(BailingMoeV2Config.model_type, BailingMoeV2Config, exist_ok=True)
+    class BailingMoeConfig(PretrainedConfig):
+        model_type = "bailing_moe"
+
+        def __init__(self, rope_theta: float = 10_000.0, rope_scaling: dict[str, Any] | None = None, **others: Any) -> None:
+            self.rope_parameters = {"rope_type": "default", "rope_theta": rope_theta} | (rope_scaling or {})
+            super().__init__(**others)
+
+    for known in (BailingMoeConfig, BailingMoeV2Config):
+        AutoConfig.register(known.model_type, known, exist_ok=True)
 
 
 def prepare_cpu() -> None:

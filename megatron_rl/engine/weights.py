@@ -1,7 +1,8 @@
 """The engines' side of a weight push: tensors go from the trainer's memory into every running server, between begin and end.
 
-Each bucket is flattened into one buffer that the servers map: on a CPU shared memory whose file descriptor travels over
-multiprocessing's own authenticated socket, on CUDA memory whose IPC handle stands in the request. No file, and no copy per server.
+To servers on this machine each bucket is flattened into one buffer that they map: on a CPU shared memory whose file descriptor
+travels over multiprocessing's own authenticated socket, on CUDA memory whose IPC handle stands in the request. No file, and no copy
+per server. To servers elsewhere it goes by a process group (group.py).
 Requires that nothing is being generated (everything was aborted or has ended before).
 
 Invariants:
@@ -22,18 +23,20 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.reduction import ForkingPickler
 from types import SimpleNamespace
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.multiprocessing  # its import teaches ForkingPickler tensors
 
 from megatron_rl.config.errors import UserError
 from megatron_rl.engine.client import SglangEngine
+from megatron_rl.engine.group import EngineGroup, is_on_this_machine
 from megatron_rl.engine.intake import CHECK, VERIFY
 from megatron_rl.engine.launcher import SglangEngines
 from megatron_rl.types import Intake, Manifest
 
 T = TypeVar("T")
+Transport = Literal["auto", "shared_memory", "group"]
 ALIGN = 16  # bytes; a tensor is viewed in its own type at its place in the buffer
 FLUSH_TIMEOUT_S = 30.0  # for the last aborted requests to drain
 NAMED = 10  # problems in a message
@@ -42,8 +45,9 @@ NAMED = 10  # problems in a message
 class EngineWeights:
     """Implements `ports.WeightSink`."""
 
-    def __init__(self, engines: SglangEngines, tp: int = 1, timeout_s: float = 600.0) -> None:
-        self._engines, self._tp, self._timeout_s = engines, tp, timeout_s
+    def __init__(self, engines: SglangEngines, tp: int = 1, timeout_s: float = 600.0, transport: Transport = "auto") -> None:
+        self._engines, self._tp, self._timeout_s, self._transport = engines, tp, timeout_s, transport
+        self._group: EngineGroup | None = None
         self._taking: list[SglangEngine] = []
         self._sent: set[str] = set()
         self._buffer = torch.empty(0, dtype=torch.uint8)
@@ -58,8 +62,12 @@ class EngineWeights:
         return Intake(dtypes, has_all=all(engine.held.whole for engine in self._taking))
 
     def send(self, bucket: Sequence[tuple[str, torch.Tensor]]) -> None:
-        metadata = self._flatten(bucket)
-        self._each(lambda engine: self._update(engine, metadata))
+        device = bucket[0][1].device
+        if self._by_group:
+            self._group_on(device).load(bucket)
+        else:
+            metadata = self._flatten(bucket)
+            self._each(lambda engine: self._update(engine, metadata))
         self._sent |= {name for name, _ in bucket}
 
     def end(self, version: int, checksums: Mapping[str, int] | None = None) -> None:
@@ -70,6 +78,22 @@ class EngineWeights:
         if checksums is not None:
             self._verify(checksums)
         self._each(lambda engine: self._end(engine, version))
+
+    @property
+    def _by_group(self) -> bool:
+        if self._transport == "auto":
+            return not all(is_on_this_machine(engine.host) for engine in self._taking)
+        return self._transport == "group"
+
+    def _group_on(self, device: torch.device) -> EngineGroup:
+        """The group of just these servers, kept from push to push."""
+        group = self._group
+        if group is None or group.broken or group.engines != self._taking or group.device != device:
+            if group is not None and not group.broken:
+                group.close()
+            self._group = None  # a failure to join leaves none
+            self._group = group = EngineGroup(self._taking, self._tp, device, self._timeout_s)
+        return group
 
     def _begin(self, engine: SglangEngine, manifest: Manifest) -> list[str]:
         """The reasons why it takes nothing."""
@@ -86,7 +110,7 @@ class EngineWeights:
             held.manifest, held.dtypes = manifest, answer["dtypes"]
         else:
             self._ask(engine, "/end_weight_update", {})
-            held.updating = False
+            held.updating, held.manifest = False, None  # the server remembers the last one it was asked about
         return list(answer["problems"])
 
     def _update(self, engine: SglangEngine, metadata: list[SimpleNamespace]) -> None:
