@@ -110,11 +110,11 @@ def commit(building: Path, step: int, writer: Mapping[str, Any], failure: Checkp
         sizes = {file.name: file.stat().st_size for file in sorted(building.iterdir())}
         (building / MANIFEST).write_text(json.dumps({"step": step, "writer": writer, "files": sizes}, indent=1) + "\n")
         for path in (*building.iterdir(), building):
-            _fsync(path)
+            fsync(path)
         if final.exists():
             final.rename(old)
         building.rename(final)
-        _fsync(final.parent)
+        fsync(final.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -130,24 +130,27 @@ def _full_disk(building: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError, CheckpointException) as error:  # torch's is a BaseException
-        message = f"{building.with_suffix('')}: cannot write the checkpoint: {_why(building, error)}; older ones are as they were"
+        message = f"{building.with_suffix('')}: cannot write the checkpoint: {why(building, error)}; older ones are as they were"
         shutil.rmtree(building, ignore_errors=True)
         raise UserError(message, exit_code=1) from error
 
 
-def _why(building: Path, error: BaseException) -> str:
+def why(building: Path, error: BaseException) -> str:
     """torch's writer hides the system's reason (inline_container.cc: "unexpected pos"); asking the system again tells it."""
+    probe = building / "probe"
     try:
-        (building / "probe").write_bytes(bytes(1 << 20))
+        probe.write_bytes(bytes(1 << 20))
     except OSError as reason:
         return str(reason.strerror)
+    finally:
+        probe.unlink(missing_ok=True)
     if isinstance(error, CheckpointException):
         rank, (first, _) = next(iter(error.failures.items()))
         return f"rank {rank}: {first}".splitlines()[0]
     return str(error).splitlines()[0]
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
