@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from megatron_rl.algorithms.batch import LossOutput, PackedBatch
 from megatron_rl.config.model import ModelConfig, OptimizerConfig, ParallelConfig
 from megatron_rl.policy import MegatronPolicy, MegatronRanks, build_chunks, initialise, weights
-from megatron_rl.resharding.families.bailing_moe_v2 import from_hf_config
+from megatron_rl.resharding.families import FAMILIES
 from megatron_rl.resharding.hf import load_hf
 
 SMALL = {
@@ -65,7 +65,7 @@ def gradients(policy: MegatronPolicy) -> dict[str, torch.Tensor]:
 
 def test_logprobs_are_those_of_the_reference_implementation(ranks: MegatronRanks, shared_data: Path) -> None:
     folder = shared_data / "golden_bailing_moe_v2"
-    model = ModelConfig.model_validate(from_hf_config(json.loads((folder / "config.json").read_text())))
+    model = ModelConfig.model_validate(FAMILIES["bailing_moe_v2"].from_hf_config(json.loads((folder / "config.json").read_text())))
     policy = policy_of(ranks, model, load=lambda live: load_hf(folder, live, model, ALONE, 0))
     golden = load_file(folder / "golden.safetensors")
     lengths = golden["attention_mask"].sum(-1).tolist()
