@@ -1,13 +1,14 @@
 """The command line and the environment of a SGLang server, as functions of the configuration.
 
 Invariants: a key of `engine.server_args` replaces ours of that name, and null or false takes it away; nothing of torchrun reaches a
-server; on a CPU nothing is decided by the machine's core count; `engine.dtype=auto` is float32 on a CPU and bfloat16 on CUDA, never
-SGLang's own guess (float16 for a float32 checkpoint).
+server; on a CPU the number of threads is not decided by the machine's core count; `engine.dtype=auto` is float32 on a CPU and
+bfloat16 on CUDA, never SGLang's own guess (float16 for a float32 checkpoint).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from megatron_rl.config.rollout import EngineConfig
@@ -54,7 +55,7 @@ def server_arguments(
 
 
 def server_environment(
-    inherited: Mapping[str, str], config: EngineConfig, device: str, secrets: Mapping[str, str]
+    inherited: Mapping[str, str], config: EngineConfig, device: str, secrets: Mapping[str, str], index: int = 0
 ) -> dict[str, str]:
     """torchrun's variables would make the server's own torch.distributed join the trainer's store."""
     environment = {
@@ -64,7 +65,16 @@ def server_environment(
     }
     if device == "cpu":
         environment |= {"OMP_NUM_THREADS": str(config.threads), "MKL_NUM_THREADS": str(config.threads)}
+        if config.tp > 1:  # SGLang asks for it where there are more ranks than NUMA nodes (utils/numa_utils.py:453)
+            environment.setdefault("SGLANG_CPU_OMP_THREADS_BIND", _cores_of_ranks(config, index, sorted(os.sched_getaffinity(0))))
     return environment | {"PYTHONUNBUFFERED": "1"} | dict(secrets)
+
+
+def _cores_of_ranks(config: EngineConfig, index: int, cores: Sequence[int]) -> str:
+    """`threads` cores for each rank of each engine in turn, from the first again where there are too few."""
+    first = index * config.tp * config.threads
+    ranks = [range(first + rank * config.threads, first + (rank + 1) * config.threads) for rank in range(config.tp)]
+    return "|".join(",".join(str(cores[i % len(cores)]) for i in rank) for rank in ranks)
 
 
 def _flag(name: str, value: Any) -> list[str]:

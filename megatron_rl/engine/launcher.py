@@ -141,6 +141,7 @@ class SglangEngines:
                 config,
                 self._device,
                 {server.API_KEY: self._api_key, server.AUTHKEY: multiprocessing.current_process().authkey.hex()},
+                index,
             ),
             self._run_dir / "engines" / f"{_name(index)}.log",
         )

@@ -59,6 +59,18 @@ def test_nothing_of_torchrun_reaches_a_server() -> None:
     assert environment["PATH"] == "/bin" and environment["OMP_NUM_THREADS"] == "2" and environment["KEY"] == "s"
 
 
+def test_ranks_of_a_cpu_engine_get_cores_of_their_own_while_there_are_some(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {2, 3, 4, 5, 6})
+
+    def bound(config: EngineConfig, index: int, device: str = "cpu", **inherited: str) -> str | None:
+        return server_environment(inherited, config, device, {}, index).get("SGLANG_CPU_OMP_THREADS_BIND")
+
+    assert bound(EngineConfig(tp=2), 0) == "2|3" and bound(EngineConfig(tp=2), 1) == "4|5"
+    assert bound(EngineConfig(tp=2, threads=2), 0) == "2,3|4,5" and bound(EngineConfig(tp=2, threads=2), 1) == "6,2|3,4"
+    assert bound(EngineConfig(tp=2), 0, SGLANG_CPU_OMP_THREADS_BIND="0|1") == "0|1"
+    assert bound(EngineConfig(tp=1), 0) is None and bound(EngineConfig(tp=2), 0, "cuda") is None
+
+
 def test_free_ports_are_free_distinct_and_out_of_the_way() -> None:
     ports = free_ports("127.0.0.1", 3)
     assert len(set(ports)) == 3 and all(port in FREE_PORTS and is_port_free("127.0.0.1", port) for port in ports)
