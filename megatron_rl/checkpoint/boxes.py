@@ -13,16 +13,14 @@ Invariants:
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensorFactory
-from megatron.core.utils import unwrap_model
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import (
@@ -35,6 +33,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import LoadPlan, ReadItem, SavePlan, TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
+from megatron_rl.checkpoint.weights import sharded_weights
 from megatron_rl.config.errors import UserError, some
 
 Shape = tuple[int, ...]
@@ -68,18 +67,11 @@ class Box:
             yield first, replace(self, offset=tuple(offset), size=tuple(size))
 
 
-def model_state(chunks: Iterable[Any]) -> dict[str, Any]:
-    """Where this rank's weights lie in a checkpoint, and they themselves. Chunks may be wrapped."""
-    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
-    models = (unwrap_model(chunk) for chunk in chunks)
-    return {f"model{i}": model.sharded_state_dict(metadata={"dp_cp_group": group}) for i, model in enumerate(models)}
-
-
 def boxes_of(chunk: Any) -> tuple[dict[str, tuple[Box, ...]], dict[str, Any]]:
     """Of a whole model (on the meta device, say): where each parameter lies, by Megatron name, rows of one box after those of
     another (gate and up are two); and the objects that Megatron's layers want to find beside them."""
     boxes, objects = {}, {}
-    for name, value in model_state([chunk])["model0"].items():
+    for name, value in sharded_weights([chunk])["model0"].items():
         if isinstance(value, ShardedObject):
             objects[value.unique_key] = value.data
             continue
@@ -99,12 +91,12 @@ def boxes_of(chunk: Any) -> tuple[dict[str, tuple[Box, ...]], dict[str, Any]]:
 
 
 class BoxWriter:
-    """`buckets[i]`: the boxes of file i with their data types; `objects` go with the first."""
+    """`buckets[i]`: the boxes of file i with their data types; `objects` go with the last."""
 
     def __init__(self, folder: Path, buckets: Sequence[Sequence[tuple[Box, torch.dtype]]], objects: Mapping[str, Any]) -> None:
         self._folder, self._objects = folder, objects
         plans = [SavePlan([_write_item(*entry) for entry in bucket]) for bucket in buckets]
-        plans[0].items.extend(WriteItem(MetadataIndex(key), WriteItemType.BYTE_IO) for key in objects)
+        plans[-1].items.extend(WriteItem(MetadataIndex(key), WriteItemType.BYTE_IO) for key in objects)
         plans, self._metadata = DefaultSavePlanner(flatten_state_dict=False).create_global_plan(plans)
         self._writer = FileSystemWriter(folder, thread_count=1)
         self._writer.set_up_storage_writer(is_coordinator=True)

@@ -1,0 +1,72 @@
+"""Weights of every family: from Hugging Face to Megatron, at and between all layouts, and back, bit for bit."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ranks import SUPPORT, run_ranks
+from safetensors.torch import load_file
+from tiny_families import TINY, tiny_model, write_family
+
+pytestmark = [pytest.mark.dist, pytest.mark.timeout(600)]  # the first test waits for all ranks' work
+SP = {"sequence_parallel": True}
+DENSE: dict[str, dict[str, Any]] = {
+    "TP2": {"tp": 2, **SP},
+    "PP2": {"pp": 2},
+    "PP2.VPP2": {"pp": 2, "vpp": 2},
+    "TP2.PP2, uneven": {"tp": 2, "pp": 2, "layers_per_stage": [1, 3], **SP},
+}
+MOE: dict[str, dict[str, Any]] = {
+    "TP2": {"tp": 2, **SP},
+    "PP2": {"pp": 2},
+    "PP2.VPP2": {"pp": 2, "vpp": 2},
+    "EP2": {"ep": 2},
+    "TP2.EP2": {"tp": 2, "ep": 2, **SP},
+    "ETP2": {"tp": 2, "etp": 2, **SP},
+    "TP2.PP2.EP2, uneven": {"tp": 2, "pp": 2, "ep": 2, "layers_per_stage": [1, 3], **SP},
+}
+SIZES = {"vocab_size": 67, "n_group": 2}  # the vocabulary is padded under any TP; few experts: each is several tensors
+FAMILIES = [family for family in TINY if family != "deepseek_v3_yarn"]  # whose weights are deepseek_v3's
+LAYOUTS = {family: MOE if tiny_model(family).moe else DENSE for family in FAMILIES}
+
+
+def checkpoint(folder: Path) -> dict[str, torch.Tensor]:
+    tensors: dict[str, torch.Tensor] = {}
+    for file in folder.glob("*.safetensors"):
+        part = load_file(file)
+        assert not tensors.keys() & part.keys()
+        tensors |= part
+    return tensors
+
+
+def assert_same(source: Path, target: Path) -> None:
+    wanted, found = checkpoint(source), checkpoint(target)
+    assert found.keys() == wanted.keys()
+    unlike = [name for name in wanted if wanted[name].dtype != found[name].dtype or not torch.equal(wanted[name], found[name])]
+    assert not unlike
+
+
+@pytest.fixture(scope="module")
+def tried(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    folder = tmp_path_factory.mktemp("families")
+    for number, family in enumerate(LAYOUTS):
+        experts = "n_routed_experts" if "n_routed_experts" in TINY[family] else "num_experts"
+        write_family(folder / family / "hf", family, seed=number, **SIZES, **({experts: 4} if LAYOUTS[family] is MOE else {}))
+    return folder, run_ranks(4, SUPPORT / "weight_round_trips.py", [str(folder), json.dumps(LAYOUTS)], timeout=580)
+
+
+@pytest.mark.parametrize("family", LAYOUTS)
+def test_hugging_face_into_every_layout_and_back(tried: tuple[Path, str], family: str) -> None:
+    folder, _ = tried
+    for layout in LAYOUTS[family]:
+        assert_same(folder / family / "hf", folder / family / layout)
+
+
+def test_a_megatron_checkpoint_of_any_layout_loads_at_any_other(tried: tuple[Path, str]) -> None:
+    _, output = tried
+    assert output.count("done") == 4
+    assert [line for line in output.splitlines() if line.startswith("WRONG")] == []
