@@ -49,6 +49,7 @@ SIZES: dict[str, Any] = {
     "eos_token_id": VOCABULARY,  # never sampled: the requested lengths decide
 }  # fmt: skip
 
+
 def write_qwen3_moe(path: Path) -> Path:
     standins.install()
     import torch

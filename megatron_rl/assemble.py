@@ -175,7 +175,8 @@ def rl_parts(config: RlRun, run_dir: Path, core: PolicyParts, stop: StopFlag, st
     from megatron_rl.engine.weights import EngineWeights
     from megatron_rl.loops.conductor import Conductor
     from megatron_rl.loops.parts import RlParts
-    from megatron_rl.resharding.execute import PushToEngines, Resharder
+    from megatron_rl.resharding.execute import Resharder
+    from megatron_rl.resharding.push import PushToEngines, frozen
     from megatron_rl.scheduler.messages import Settings
 
     rollout, algorithm = config.rollout, config.algorithm
@@ -205,11 +206,17 @@ def rl_parts(config: RlRun, run_dir: Path, core: PolicyParts, stop: StopFlag, st
         conductor = Conductor(settings, sampling, engines, rewards, stream, stop, runner, rollout.timeout_s)
         if config.data.eval:
             held_out = evaluation_prompts(config, tokenizer, rollout.max_prompt_tokens)
-            evaluator = Evaluator(
-                config.eval, held_out, sampling, engines, rewards, tokenizer.encode, tokenizer.decode, runner
-            )
+            evaluator = Evaluator(config.eval, held_out, sampling, engines, rewards, tokenizer.encode, tokenizer.decode, runner)
     bucket_bytes = int(config.engine.sync.bucket_mb * 2**20)
-    resharder = Resharder(config.model, config.parallel, core.policy.weights, core.ranks, bucket_bytes)
+    resharder = Resharder(
+        config.model,
+        config.parallel,
+        core.policy.weights,
+        core.ranks,
+        bucket_bytes,
+        frozen=frozen(config.model),
+        timeout_s=2 * config.engine.sync.timeout_s,  # another rank may be waiting for an engine as long as it may
+    )
     loss = policy_loss(
         correction=algorithm.correction.kind,
         low=algorithm.correction.low,
@@ -224,7 +231,7 @@ def rl_parts(config: RlRun, run_dir: Path, core: PolicyParts, stop: StopFlag, st
         ranks=core.ranks,
         policy=core.policy,
         loss=loss,
-        sync=PushToEngines(resharder, sink),
+        sync=PushToEngines(resharder, sink, config.engine.sync.verify),
         store=core.store,
         tracker=core.tracker,
         device=core.ranks.device,

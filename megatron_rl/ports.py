@@ -75,9 +75,13 @@ class WeightSink(Protocol):
         """Open the push. Each server process is asked once, before its first byte, whether it takes every tensor of the manifest
         and is then written completely, each element once; if not, a UserError names the tensors and nothing has changed."""
 
+    def memory(self, nbytes: int, device: torch.device) -> torch.Tensor:
+        """Bytes that the engines can read: a bucket whose tensors all lie in them need not be copied again."""
+
     def send(self, bucket: Sequence[tuple[str, torch.Tensor]]) -> None:
         """Full tensors by Hugging Face name, best in the type that `Intake.dtypes` names; the memory may be reused after the
-        return. Raises EngineLost naming the engine that refused, died or did not answer in time."""
+        return. Called from one thread, perhaps another than the other calls. Raises EngineLost naming the engine that refused,
+        died or did not answer in time."""
 
     def end(self, version: int, checksums: Mapping[str, int] | None = None) -> None:
         """Commit: flush caches, stamp `version`; raises EngineLost naming the engine that did not confirm. With `checksums`

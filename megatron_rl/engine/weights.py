@@ -1,6 +1,6 @@
 """The engines' side of a weight push: tensors go from the trainer's memory into every running server, between begin and end.
 
-To servers on this machine each bucket is flattened into one buffer that they map: on a CPU shared memory whose file descriptor
+To servers on this machine each bucket lies in one piece of memory that they map: on a CPU shared memory whose file descriptor
 travels over multiprocessing's own authenticated socket, on CUDA memory whose IPC handle stands in the request. No file, and no copy
 per server. To servers elsewhere it goes by a process group (group.py).
 Requires that nothing is being generated (everything was aborted or has ended before).
@@ -24,6 +24,7 @@ from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.reduction import ForkingPickler
 from types import SimpleNamespace
 from typing import Any, Literal, TypeVar
+from weakref import WeakValueDictionary
 
 import torch
 import torch.multiprocessing  # its import teaches ForkingPickler tensors
@@ -50,7 +51,7 @@ class EngineWeights:
         self._group: EngineGroup | None = None
         self._taking: list[SglangEngine] = []
         self._sent: set[str] = set()
-        self._buffer = torch.empty(0, dtype=torch.uint8)
+        self._handed_out: WeakValueDictionary[int, torch.Tensor] = WeakValueDictionary()  # by address
 
     def begin(self, manifest: Manifest) -> Intake:
         self._taking, self._sent = list(self._engines.alive), set()
@@ -61,13 +62,20 @@ class EngineWeights:
         dtypes = {name: dtype for engine in self._taking for name, dtype in engine.held.dtypes.items()}
         return Intake(dtypes, has_all=all(engine.held.whole for engine in self._taking))
 
+    def memory(self, nbytes: int, device: torch.device) -> torch.Tensor:
+        memory = torch.empty(nbytes, dtype=torch.uint8, device=device)
+        if device.type == "cpu" and not self._by_group:
+            memory.share_memory_()
+        self._handed_out[memory.data_ptr()] = memory
+        return memory
+
     def send(self, bucket: Sequence[tuple[str, torch.Tensor]]) -> None:
         device = bucket[0][1].device
         if self._by_group:
             self._group_on(device).load(bucket)
         else:
-            metadata = self._flatten(bucket)
-            self._each(lambda engine: self._update(engine, metadata))
+            flat, metadata = self._flatten(bucket)
+            self._each(lambda engine: self._load(engine, {"flattened_tensor": flat, "metadata": metadata}, "flattened_bucket"))
         self._sent |= {name for name, _ in bucket}
 
     def end(self, version: int, checksums: Mapping[str, int] | None = None) -> None:
@@ -112,9 +120,6 @@ class EngineWeights:
             self._ask(engine, "/end_weight_update", {})
             held.updating, held.manifest = False, None  # the server remembers the last one it was asked about
         return list(answer["problems"])
-
-    def _update(self, engine: SglangEngine, metadata: list[SimpleNamespace]) -> None:
-        self._load(engine, {"flattened_tensor": self._buffer, "metadata": metadata}, "flattened_bucket")
 
     def _verify(self, checksums: Mapping[str, int]) -> None:
         def problems(engine: SglangEngine) -> list[str]:
@@ -161,25 +166,28 @@ class EngineWeights:
             futures = [pool.submit(work, engine) for engine in self._taking]
         return [future.result() for future in futures]
 
-    def _flatten(self, bucket: Sequence[tuple[str, torch.Tensor]]) -> list[SimpleNamespace]:
+    def _flatten(self, bucket: Sequence[tuple[str, torch.Tensor]]) -> tuple[torch.Tensor, list[SimpleNamespace]]:
         """SGLang's FlattenedTensorBucket (srt/weight_sync/tensor_bucket.py), by attribute, without importing SGLang here."""
-        metadata, at = [], 0
-        for name, tensor in bucket:
-            size = tensor.numel() * tensor.element_size()
-            metadata.append(
-                SimpleNamespace(name=name, shape=tensor.shape, dtype=tensor.dtype, start_idx=at, end_idx=at + size, numel=size)
-            )
-            at = math.ceil((at + size) / ALIGN) * ALIGN
         device = bucket[0][1].device
-        if self._buffer.numel() < at or self._buffer.device != device:
-            self._buffer = torch.empty(at, dtype=torch.uint8, device=device)
-            if device.type == "cpu":
-                self._buffer.share_memory_()
-        for meta, (_, tensor) in zip(metadata, bucket, strict=True):
-            self._buffer[meta.start_idx : meta.end_idx].view(meta.dtype).view(meta.shape).copy_(tensor)
+        storages = {tensor.untyped_storage().data_ptr() for _, tensor in bucket}
+        flat = self._handed_out.get(storages.pop()) if len(storages) == 1 else None
+        if flat is None:
+            sizes = [math.ceil(tensor.nbytes / ALIGN) * ALIGN for _, tensor in bucket]
+            flat = self.memory(sum(sizes), device)
+            views = []
+            for (name, tensor), place in zip(bucket, flat.split(sizes), strict=True):
+                views.append((name, place[: tensor.nbytes].view(tensor.dtype).view(tensor.shape)))
+                views[-1][1].copy_(tensor)
+            bucket = views
         if device.type == "cuda":
             torch.cuda.current_stream(device).synchronize()  # the servers read it from other processes
-        return metadata
+        return flat, [_metadata(name, tensor) for name, tensor in bucket]
+
+
+def _metadata(name: str, tensor: torch.Tensor) -> SimpleNamespace:
+    start = tensor.storage_offset() * tensor.element_size()
+    size = tensor.nbytes
+    return SimpleNamespace(name=name, shape=tensor.shape, dtype=tensor.dtype, start_idx=start, end_idx=start + size, numel=size)
 
 
 def _listed(problems: Sequence[str]) -> str:

@@ -151,7 +151,7 @@ def tiles(steps: Sequence[Row], evaluations: Sequence[Row], summary: Row) -> str
     parts = []
 
     def change(label: str, key: str, form: Callable[[float], str], hint: Callable[[float], str]) -> None:
-        before, after = ((evaluations[0].get(key), evaluations[-1].get(key)) if len(evaluations) > 1 else (None, None))
+        before, after = (evaluations[0].get(key), evaluations[-1].get(key)) if len(evaluations) > 1 else (None, None)
         if before is not None and after is not None:
             parts.append(_tile(label, f"<small>{escape(form(before))} → </small>{escape(form(after))}", hint(after - before)))
 

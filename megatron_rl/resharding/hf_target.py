@@ -18,7 +18,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from megatron_rl.config.errors import UserError
-from megatron_rl.resharding.execute import Consume, Tensors
+from megatron_rl.resharding.execute import Consume
+from megatron_rl.resharding.gather import Tensors
 from megatron_rl.resharding.hf_source import INDEX, SINGLE
 
 

@@ -435,9 +435,7 @@ class Interleavings(RuleBasedStateMachine):
 
     @invariant()
     def accounting(self) -> None:
-        assert spent(self.state, self.settings) == (
-            self.generated if self.settings.budget_counts == "generated" else self.finished
-        )
+        assert spent(self.state, self.settings) == (self.generated if self.settings.budget_counts == "generated" else self.finished)
         for group, members in self.state.groups.items():
             assert [member.tokens for member in members] == [len(self.tokens[name]) for name in self.members(group)]
         if self.settings.policy == "c3po_pp":

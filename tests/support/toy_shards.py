@@ -3,45 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import accumulate
 
 import torch
 
 from megatron_rl.config.model import ModelConfig, ParallelConfig
-from megatron_rl.resharding.names import Names, Shape
-from megatron_rl.resharding.plan import spans_of
+from megatron_rl.resharding.families import names_of
+from megatron_rl.resharding.names import Names, Parameter, Shape
+from megatron_rl.resharding.plan import Shard, shard_count, spans_of
+from megatron_rl.resharding.push import frozen
+
+
+def all_shapes(names: Names, parallel: ParallelConfig, world: int, spelling: int = 0) -> list[dict[str, Shape]]:
+    """Of each rank. Megatron's rank order is tp-cp-ep-dp-pp, for experts etp-ep-dp-pp: what a rank holds depends on its pipeline
+    stage and its place in EP (and, in values alone, on its shard)."""
+    held: dict[tuple[int, int], dict[str, Shape]] = {(stage, ep): {} for stage in range(parallel.pp) for ep in range(parallel.ep)}
+    for parameter in names.parameters.values():
+        if parameter.rule.copy:
+            continue
+        places: list[int] = list(range(parallel.ep))
+        if parameter.rule.per_expert:
+            assert names.model.moe
+            places = [_numbers(parameter)[-1] // (names.model.moe.num_experts // parallel.ep)]
+        for stage, name in _named_on(parameter, names.model, parallel, spelling):
+            for ep in places:
+                held[stage, ep][name] = _shape(parameter, parallel)
+    ranks_of_stage = world // parallel.pp
+    return [held[rank // ranks_of_stage, rank % ranks_of_stage // parallel.etp % parallel.ep] for rank in range(world)]
 
 
 def shard_shapes(names: Names, parallel: ParallelConfig, world: int, rank: int, spelling: int = 0) -> dict[str, Shape]:
-    """Megatron's rank order is tp-cp-ep-dp-pp; stage p of the pipeline holds the p-th run of layers, experts go in runs over EP."""
-    model = names.model
-    stage_ranks = world // parallel.pp
-    stage, place = rank // stage_ranks, rank % stage_ranks
-    layers = range(model.num_layers)[stage * model.num_layers // parallel.pp : (stage + 1) * model.num_layers // parallel.pp]
-    shapes: dict[str, Shape] = {}
-    for parameter in names.parameters.values():
-        rule, numbers = parameter.rule, [int(part) for part in parameter.hf[0].split(".") if part.isdigit()]
-        spellings = rule.megatron if not model.tie_embeddings else rule.megatron[:1]
-        name = spellings[min(spelling, len(spellings) - 1)].format(**dict(zip(("layer", "expert"), numbers, strict=False)))
-        split = parallel.etp if rule.per_expert else parallel.tp
-        if rule.where == "model":
-            if stage != (0 if "embedding" in name else parallel.pp - 1):
-                continue
-        elif numbers[0] not in layers:
-            continue
-        if rule.per_expert:
-            assert model.moe
-            per_rank = model.moe.num_experts // parallel.ep
-            if numbers[1] // per_rank != place // parallel.etp % parallel.ep:
-                continue
-        shape = list(parameter.shapes[0])
-        if rule.split == "row":
-            shape[1] //= split
-        elif rule.split == "vocab":
-            shape[0] = -(-shape[0] // split)
-        elif rule.split == "column":
-            shape[0] = sum(each[0] for each in parameter.shapes) // split
-        shapes[name] = tuple(shape)
-    return shapes
+    return all_shapes(names, parallel, world, spelling)[rank]
 
 
 def cut(
@@ -51,11 +43,29 @@ def cut(
     shapes = shard_shapes(names, parallel, world, rank, spelling)
     shards = {}
     for name, parameter, spans in spans_of(names, parallel, rank, shapes):
-        shards[name] = torch.full(shapes[name], torch.nan)
+        shards[name] = torch.full(shapes[name], torch.nan, dtype=full[parameter.hf[0]].dtype)
         for span in spans:
             part = full[parameter.hf[span.tensor]].narrow(span.axis, span.hf_start, span.length)
             shards[name].narrow(span.axis, span.local_start, span.length).copy_(part)
     return shards
+
+
+def seeded_weights(names: Names, seed: int = 0, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+    """By Hugging Face name; a copy equals what it copies."""
+    generator = torch.Generator().manual_seed(seed)
+    full = {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in names.hf_shapes.items()}
+    return full | {name: full[parameter.source] for name, parameter in names.parameters.items() if parameter.rule.copy}
+
+
+def inventories(
+    model: ModelConfig, world: int, parallel: ParallelConfig, spelling: int = 0, dtype: str = "float32"
+) -> list[dict[str, Shard]]:
+    """Of each rank; ranks that hold the same have each their own, as after a gather of objects."""
+    is_frozen = frozen(model)
+    return [
+        {name: Shard(shape, dtype, is_frozen(name)) for name, shape in shapes.items()}
+        for shapes in all_shapes(names_of(model), parallel, world, spelling)
+    ]
 
 
 def small_model(**overrides: object) -> ModelConfig:
@@ -72,3 +82,38 @@ def small_model(**overrides: object) -> ModelConfig:
         "moe": moe,
     }
     return ModelConfig.model_validate(values | overrides)
+
+
+def _named_on(parameter: Parameter, model: ModelConfig, parallel: ParallelConfig, spelling: int) -> list[tuple[int, str]]:
+    """The stages that hold it, and its name there."""
+    rule, last = parameter.rule, parallel.pp - 1
+    pattern = rule.megatron[min(spelling, len(rule.megatron) - 1)]
+    if rule.where == "model":
+        if "embedding" not in rule.megatron[0]:
+            return [(last, pattern)]
+        word, *tied = rule.megatron
+        return [(0, word), *((last, copy) for copy in tied if last > 0)]  # a tied output layer has a copy of its own
+    assert parameter.layer is not None
+    name = pattern.format(**dict(zip(("layer", "expert"), _numbers(parameter), strict=False)))
+    if parameter.layer >= model.num_layers:
+        between = "" if rule.where == "mtp" else "transformer_layer."
+        ours = f"mtp.layers.{parameter.layer - model.num_layers}.{between}"
+        return [(last, name.replace(f"decoder.layers.{parameter.layer}.", ours))]
+    ends = accumulate(parallel.stages(model.num_layers))
+    chunk = next(chunk for chunk, end in enumerate(ends) if parameter.layer < end)
+    return [(chunk % parallel.pp, name)]
+
+
+def _numbers(parameter: Parameter) -> list[int]:
+    return [int(part) for part in parameter.hf[0].split(".") if part.isdigit()]
+
+
+def _shape(parameter: Parameter, parallel: ParallelConfig) -> Shape:
+    split, shape = shard_count(parameter, parallel), list(parameter.shapes[0])
+    if parameter.rule.split == "row":
+        shape[1] //= split
+    elif parameter.rule.split == "vocab":
+        shape[0] = -(-shape[0] // split)
+    elif parameter.rule.split == "column":
+        shape[0] = sum(each[0] for each in parameter.shapes) // split
+    return tuple(shape)

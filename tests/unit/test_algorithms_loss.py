@@ -30,13 +30,13 @@ def packed(lengths: list[int], mask: list[float], **fields: list[float] | torch.
 def hand_batch() -> tuple[torch.Tensor, torch.Tensor, PackedBatch]:
     """Six tokens, the first a prompt's, with garbage in its fields. Ratios r = new / old and k = old / engine:
 
-        token       1     2     3     4     5
-        engine    0.25  0.5   0.1   0.5   0.5
-        old       0.5   0.2   0.1   0.5   0.25
-        k         2     0.4   1     1     0.5     -> M = 2, 0, 1, 1, 0.5
-        new       0.75  0.4   0.2   0.25  0.25
-        r         1.5   2     2     0.5   1
-        A         1     1    -2    -2     4
+    token       1     2     3     4     5
+    engine    0.25  0.5   0.1   0.5   0.5
+    old       0.5   0.2   0.1   0.5   0.25
+    k         2     0.4   1     1     0.5     -> M = 2, 0, 1, 1, 0.5
+    new       0.75  0.4   0.2   0.25  0.25
+    r         1.5   2     2     0.5   1
+    A         1     1    -2    -2     4
     """
     engine, old, new = [0.25, 0.5, 0.1, 0.5, 0.5], [0.5, 0.2, 0.1, 0.5, 0.25], [0.75, 0.4, 0.2, 0.25, 0.25]
     batch = packed(

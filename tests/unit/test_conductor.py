@@ -28,9 +28,7 @@ def runner() -> Iterator[asyncio.Runner]:
 def conductor(runner: asyncio.Runner, engines: ScriptedEngines, **settings: object) -> Conductor:
     values = {"token_budget": BUDGET, "pool_capacity": POOL, "group_size": GROUP, "retention_bound": 100, **settings}
     sampling = SamplingParams(max_response_tokens=64)
-    return Conductor(
-        Settings(**values), sampling, engines, ParityRewards(), CountedPrompts(), StopFlag(), runner, timeout_s=20
-    )
+    return Conductor(Settings(**values), sampling, engines, ParityRewards(), CountedPrompts(), StopFlag(), runner, timeout_s=20)
 
 
 def two_engines() -> ScriptedEngines:

@@ -49,9 +49,7 @@ def test_every_group_option_is_valid(repo_root: Path, group: str, name: str) -> 
     validate(RlRun, composed(repo_root, "rl", f"{group}={name}", *INPUTS["rl"], *overrides))
 
 
-@pytest.mark.parametrize(
-    ("verb", "name"), [("rl", "quickstart"), ("sft", "quickstart_sft"), ("eval", "quickstart_eval")]
-)
+@pytest.mark.parametrize(("verb", "name"), [("rl", "quickstart"), ("sft", "quickstart_sft"), ("eval", "quickstart_eval")])
 def test_experiments_are_valid_and_possible(repo_root: Path, verb: str, name: str) -> None:
     config = validate(KINDS[verb], composed(repo_root, verb, f"experiment={name}"))
     if isinstance(config, (RlRun, SftRun)):

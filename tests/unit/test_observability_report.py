@@ -123,7 +123,7 @@ def test_rates_and_the_last_line_of_a_step_count() -> None:
     assert with_rates([{"step": 2, "x": 1}, first, again]) == [{**first, "trained_per_s": 30.0}, again]
 
 
-HOSTILE = '<script>alert(1)</script>"\'&<img src=x>'
+HOSTILE = "<script>alert(1)</script>\"'&<img src=x>"
 
 
 def make_run(folder: Path, steps: int = 30) -> Path:
@@ -146,9 +146,19 @@ def make_run(folder: Path, steps: int = 30) -> Path:
     (folder / "rollouts").mkdir(exist_ok=True)
     for step in (1, 9, 30):
         sample = {
-            "group": "0:p", "sample": 0, "prompt": "1+2=", "response": f"#{step}{HOSTILE}", "answer": "3", "reward": 0.0,
-            "status": "wrong", "reason": "", "tokens": 5, "versions": [[step - 1, 2], [step, 3]], "pieces": [f"#{step}", HOSTILE],
-            "finish_reason": "length", "engine_logprob_mean": -0.1,
+            "group": "0:p",
+            "sample": 0,
+            "prompt": "1+2=",
+            "response": f"#{step}{HOSTILE}",
+            "answer": "3",
+            "reward": 0.0,
+            "status": "wrong",
+            "reason": "",
+            "tokens": 5,
+            "versions": [[step - 1, 2], [step, 3]],
+            "pieces": [f"#{step}", HOSTILE],
+            "finish_reason": "length",
+            "engine_logprob_mean": -0.1,
         }
         silent = sample | {"response": "", "tokens": 0, "versions": [], "pieces": [], "status": "unparsable", "reason": "no answer"}
         text = json.dumps(sample) + "\n" + json.dumps(silent) + "\n"

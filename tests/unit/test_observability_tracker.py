@@ -102,7 +102,7 @@ def test_samples_come_evenly_through_the_step_and_show_where_versions_change(tmp
 
 
 def test_any_text_a_model_writes_comes_back(tmp_path: Path) -> None:
-    text = "a\u2028b\x0bc\x85\nd \ufffd 你 \"</script>"
+    text = 'a\u2028b\x0bc\x85\nd \ufffd 你 "</script>'
     strange = RunTracker(tmp_path, steps=1, decode=lambda tokens: text, tensorboard=False, rollouts_every=1, rollouts_kept=4)
     strange.rollouts(1, [group("p")])
     assert [row["response"] for row in read_rows(tmp_path / "rollouts" / "step_1.jsonl")] == [text, text]

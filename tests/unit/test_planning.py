@@ -24,7 +24,7 @@ from megatron_rl.planning.parameters import Census, stages
 from megatron_rl.planning.search import search, uneven_stages
 from megatron_rl.planning.sync import pushed_bytes
 from megatron_rl.resharding.families import model_values, names_of
-from megatron_rl.resharding.plan import ALIGNMENT, ITEM_BYTES, Shard, make_plan
+from megatron_rl.resharding.plan import ALIGNMENT, Shard, make_plan
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 FILES = sorted(path.stem for path in (CONF / "model").glob("*.yaml"))
@@ -131,9 +131,9 @@ def test_pushed_bytes_are_those_of_the_real_plan(family: str, layout: str, quant
         }
         for rank in range(world)
     ]
-    buckets = make_plan(names, parallel, inventories, 1 << 16)
-    tensors = [(shape, item.dtype) for bucket in buckets for item in bucket.items for shape in item.shapes]
-    exact = sum(math.prod(shape) * ITEM_BYTES[dtype] for shape, dtype in tensors)
+    buckets = make_plan(names, parallel, inventories, 1 << 16).buckets
+    tensors = [tensor for bucket in buckets for tensor in bucket.tensors]
+    exact = sum(tensor.nbytes for tensor in tensors)
     run = plan_run(model, sequence_tokens=512, engine={"sync": {"quantize": quantize}})
     planned = pushed_bytes(run, Census.of(model), with_mtp=False)
     if quantize == "fp8":
