@@ -30,7 +30,7 @@ from megatron_rl.observability.console import set_up_logging
 from megatron_rl.observability.report import write_report
 from megatron_rl.observability.summary import read_rows, rl_summary
 from megatron_rl.observability.tracker import EVALUATIONS, METRICS, NullTracker, RunTracker
-from megatron_rl.ports import Tracker
+from megatron_rl.ports import Tracker, WeightSink
 from megatron_rl.rewards.pool import RewardPool
 from megatron_rl.types import Prompt, SamplingParams
 
@@ -177,10 +177,12 @@ def rl_parts(config: RlRun, run_dir: Path, core: PolicyParts, stop: StopFlag, st
     from megatron_rl.loops.parts import RlParts
     from megatron_rl.resharding.execute import Resharder
     from megatron_rl.resharding.push import PushToEngines, frozen
+    from megatron_rl.resharding.quantizing import QuantizingSink
     from megatron_rl.scheduler.messages import Settings
 
     rollout, algorithm = config.rollout, config.algorithm
-    conductor = engines = evaluator = sink = None
+    conductor = engines = evaluator = None
+    sink: WeightSink | None = None
     if core.ranks.rank == 0:
         tokenizer = core.tokenizer
         prompts = read_prompts(config.data.train, tokenizer, rollout.max_prompt_tokens, config.data.chat_template)
@@ -192,6 +194,8 @@ def rl_parts(config: RlRun, run_dir: Path, core: PolicyParts, stop: StopFlag, st
         engines = sglang_engines(empty, shape, run_dir, config.model.max_position_embeddings, config.run.seed, stack)
         sync = config.engine.sync
         sink = EngineWeights(engines, config.engine.tp, sync.timeout_s, sync.transport)
+        if sync.quantize == "fp8":
+            sink = QuantizingSink(sink, sync.verify)
         sampling = sampling_params(rollout.temperature, rollout.max_response_tokens, tokenizer, rollout.top_p, rollout.top_k)
         settings = Settings(
             token_budget=rollout.token_budget,
