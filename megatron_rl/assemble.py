@@ -132,7 +132,8 @@ def policy_parts(config: RlRun | SftRun, run_dir: Path, stack: ExitStack) -> Pol
     from megatron_rl.checkpoint.store import CheckpointStore
     from megatron_rl.policy import MegatronPolicy, MegatronRanks
     from megatron_rl.resharding.execute import Resharder
-    from megatron_rl.resharding.hf import export_hf, hf_config, load_hf
+    from megatron_rl.resharding.hf import export_hf, hf_config
+    from megatron_rl.start import start_from
 
     rundir.make("run.dir", run_dir)
     tokenizer = load_tokenizer(config.data.tokenizer)
@@ -151,7 +152,7 @@ def policy_parts(config: RlRun | SftRun, run_dir: Path, stack: ExitStack) -> Pol
         total_steps=config.run.steps,
         seed=config.run.seed,
         ranks=ranks,
-        load=(lambda weights: load_hf(Path(start), weights, config.model, config.parallel, ranks.rank)) if start else None,
+        load=start_from(Path(start), config.model, config.parallel, ranks, tokenizer) if start else None,
         with_reference=isinstance(config, RlRun) and config.algorithm.kl_weight > 0,
     )
     resharder = Resharder(config.model, config.parallel, policy.weights, ranks, EXPORT_BUCKET_BYTES)

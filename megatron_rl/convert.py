@@ -23,7 +23,6 @@ from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar
 
 import torch
 import torch.distributed as dist
-import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from safetensors import SafetensorError
@@ -38,11 +37,11 @@ from megatron_rl.resharding.hf import hf_config
 from megatron_rl.resharding.hf_source import INDEX, HfSource, read_json
 from megatron_rl.resharding.hf_target import shard_name, write_facts, write_shard
 from megatron_rl.resharding.names import Names, Parameter, Shape, Span
+from megatron_rl.start import HF, run_of
 
 if TYPE_CHECKING:
     from megatron_rl.checkpoint.boxes import Box, BoxReader
 
-HF = "hf"  # in a Megatron checkpoint made here: config.json and what else came with the weights
 CARRIED = (".json", ".jinja", ".model", ".py", ".tiktoken", ".txt")  # tokenizers, chat templates, remote code
 T = TypeVar("T")
 
@@ -96,10 +95,12 @@ def megatron_to_hf(src: Path, dst: Path, dtype: str | None, bucket_bytes: int) -
         model, config, files = _kept(src) if (src / HF / "config.json").exists() else _of_run(src, Path(scratch))
         with _Work(model, dst) as work:
             from megatron_rl.checkpoint.boxes import BoxReader
+            from megatron_rl.checkpoint.intact import check_files_together
 
             reader, names = BoxReader(src), names_of(model)
             boxes, _ = _whole_model(model)
             reader.check([box for at in boxes.values() for box in at])
+            check_files_together(src)
             held = {names.resolve(name).hf[0]: at for name, at in boxes.items()}
             wholes = [_whole(names, parameter, held[parameter.source], reader, dtype) for parameter in names.parameters.values()]
             buckets = _buckets(wholes, bucket_bytes)
@@ -352,14 +353,7 @@ def _kept(src: Path) -> Described:
 def _of_run(src: Path, scratch: Path) -> Described:
     from megatron_rl.data.tokenizer import export_hf_tokenizer, load_tokenizer
 
-    file = src.parent.parent / "config.yaml"
-    try:
-        run = yaml.safe_load(file.read_text())
-        model, tokenizer = validate(ModelConfig, run["model"]), load_tokenizer(run["data"]["tokenizer"])
-    except FileNotFoundError:
-        there = f"{src} has no {HF}/config.json, and there is no {file}"
-        raise UserError(f"{there}: neither a conversion's checkpoint nor a run's checkpoints/step_N", exit_code=1) from None
-    except (yaml.YAMLError, TypeError, KeyError) as error:
-        raise UserError(f"{file}: not a run's configuration: {error}", exit_code=1) from None
+    model, its_tokenizer = run_of(src)
+    tokenizer = load_tokenizer(its_tokenizer)
     facts = hf_config(model, dtype="float32", eos_token_id=tokenizer.eos_id, pad_token_id=tokenizer.pad_id)
     return model, facts, export_hf_tokenizer(tokenizer, scratch)

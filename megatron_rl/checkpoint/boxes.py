@@ -25,7 +25,6 @@ from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, Def
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
-    Metadata,
     MetadataIndex,
     TensorProperties,
     TensorStorageMetadata,
@@ -33,6 +32,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import LoadPlan, ReadItem, SavePlan, TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
+from megatron_rl.checkpoint.intact import read_metadata
 from megatron_rl.checkpoint.weights import sharded_weights
 from megatron_rl.config.errors import UserError, some
 
@@ -145,10 +145,7 @@ class BoxReader:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._reader = FileSystemReader(folder)
-        try:
-            self.metadata: Metadata = self._reader.read_metadata()
-        except Exception as error:  # a torn pickle raises what it likes
-            raise UserError(f"{folder}: not a Megatron distributed checkpoint: .metadata: {_line(error)}", exit_code=1) from None
+        self.metadata = read_metadata(folder)
         self._reader.set_up_storage_reader(self.metadata, is_coordinator=True)
 
     def dtype(self, box: Box) -> torch.dtype:
@@ -171,7 +168,6 @@ class BoxReader:
                 wrong.append(f"{key} {list(size)} instead of {list(whole)}")
         if wrong:
             problems.append(f"wrong shapes: {some(sorted(wrong))}")
-        problems += [] if problems else self._short_files(keys)
         if problems:
             raise UserError(f"{self._folder}: {'; '.join(problems)}", exit_code=1)
 
@@ -188,20 +184,6 @@ class BoxReader:
         found = self.metadata.state_dict_metadata[key]
         assert isinstance(found, TensorStorageMetadata)
         return found
-
-    def _short_files(self, keys: Mapping[str, Box]) -> list[str]:
-        needed: dict[str, int] = {}
-        for index, place in self.metadata.storage_data.items():
-            if index.fqn in keys:
-                needed[place.relative_path] = max(needed.get(place.relative_path, 0), place.offset + place.length)
-        problems = []
-        for name, size in needed.items():
-            file = self._folder / name
-            if not file.exists():
-                problems.append(f"{name} is missing")
-            elif file.stat().st_size < size:
-                problems.append(f"{name} has {file.stat().st_size} bytes instead of {size}")
-        return [some(sorted(problems))] if problems else []
 
 
 class _Into(DefaultLoadPlanner):

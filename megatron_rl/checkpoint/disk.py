@@ -1,6 +1,6 @@
 """The folders of a run's checkpoints; one process works here.
 
-    step_N/manifest.json   step, what wrote it (model, world size), every file with its size
+    step_N/manifest.json   step, what wrote it (model, world size), every file with its size, small ones with a CRC-32
            trainer.json    what the loop wants to find again (scheduler, partial rollouts, cursors)
            *.distcp, ...   Megatron's distributed checkpoint of model, optimizer and RNG
 
@@ -17,6 +17,7 @@ import json
 import os
 import re
 import shutil
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron_rl.config.errors import UserError
 
 MANIFEST, TRAINER = "manifest.json", "trainer.json"
+SHARDS = ".distcp"  # which carry checksums of their own (intact.py)
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,11 @@ def _examine(folder: Path) -> Found:
             raise UserError(f"{file} is missing", exit_code=1)
         if file.stat().st_size != size:
             raise UserError(f"{file} has {file.stat().st_size} bytes instead of {size}", exit_code=1)
-    return Found(manifest["step"], folder, manifest["writer"], _json(folder / TRAINER))
+    found = Found(manifest["step"], folder, manifest["writer"], _json(folder / TRAINER))
+    for name, crc in manifest.get("crc32", {}).items():
+        if zlib.crc32((folder / name).read_bytes()) != crc:
+            raise UserError(f"{folder / name} is damaged: its bytes are not what was written", exit_code=1)
+    return found
 
 
 def _is_complete(folder: Path) -> bool:
@@ -107,8 +113,14 @@ def commit(building: Path, step: int, writer: Mapping[str, Any], failure: Checkp
     with _full_disk(building):
         if failure:
             raise failure
-        sizes = {file.name: file.stat().st_size for file in sorted(building.iterdir())}
-        (building / MANIFEST).write_text(json.dumps({"step": step, "writer": writer, "files": sizes}, indent=1) + "\n")
+        files = sorted(building.iterdir())
+        manifest = {
+            "step": step,
+            "writer": writer,
+            "files": {file.name: file.stat().st_size for file in files},
+            "crc32": {file.name: zlib.crc32(file.read_bytes()) for file in files if file.suffix != SHARDS},
+        }
+        (building / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
         for path in (*building.iterdir(), building):
             fsync(path)
         if final.exists():

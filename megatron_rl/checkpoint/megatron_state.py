@@ -14,7 +14,7 @@ Invariants:
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -36,6 +36,8 @@ class Trainable(Protocol):
     optimizer: Any  # a MegatronOptimizer
     updates: int  # optimizer steps taken; the learning rate follows from it
     vocab_size: int  # without padding
+
+    def weights(self) -> Mapping[str, torch.Tensor]: ...
 
 
 def sharded_state(policy: Trainable, *, loading: bool, rng: bool = True) -> dict[str, Any]:

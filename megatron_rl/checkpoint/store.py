@@ -2,6 +2,8 @@
 
 Invariants:
 - a step is committed by rank 0 after every rank has written its part;
+- weights that are not finite are not saved: the older checkpoints are what a run can go on from;
+- a file that is not what was written is named before anything of it is loaded;
 - an error on one rank is raised on all, none is left waiting;
 - a checkpoint restores at any layout of the same model; at its own world size with the random states, too.
 """
@@ -13,11 +15,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from megatron.core import dist_checkpointing
+import torch
+import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_rl.checkpoint import disk, writer
+from megatron_rl.checkpoint.intact import check_files_together
 from megatron_rl.checkpoint.megatron_state import Trainable, apply_state, describe, sharded_state
+from megatron_rl.checkpoint.weights import load
 from megatron_rl.config.errors import UserError
 from megatron_rl.ports import Ranks
 
@@ -31,6 +36,7 @@ class CheckpointStore:
     def save(self, step: int, trainer: Mapping[str, Any]) -> Path:
         final = self._folder / f"step_{step}"
         building = final.with_suffix(".tmp")
+        self._refuse_what_is_not_finite(final)
         sharded, common = writer.split(sharded_state(self._policy, loading=False))
         self._on_rank_0(lambda: disk.begin(building, trainer, partial(writer.write_common, common)), f"beginning {final}")
         failure: CheckpointException | None = None
@@ -50,8 +56,9 @@ class CheckpointStore:
         ours, theirs = now["model"], then["model"]
         if wrong := [f"{key}={ours[key]} (there: {theirs[key]})" for key in theirs if ours[key] != theirs[key]]:
             raise UserError(f"{found.folder} is of another model: {', '.join(wrong)}", exit_code=1)
+        check_files_together(found.folder)
         state = sharded_state(self._policy, loading=True, rng=then["world_size"] == now["world_size"])
-        apply_state(self._policy, dist_checkpointing.load(state, str(found.folder)))
+        apply_state(self._policy, load(state, found.folder))
         return found.step, found.trainer
 
     def export_hf(self, path: Path) -> None:
@@ -59,6 +66,18 @@ class CheckpointStore:
 
     def _writer(self) -> dict[str, Any]:
         return {"world_size": self._ranks.world_size, "model": describe(self._policy)}
+
+    def _refuse_what_is_not_finite(self, final: Path) -> None:
+        """*Collective*"""
+        weights = self._policy.weights()
+        finite = torch.stack([tensor.isfinite().all() for tensor in weights.values()]).tolist()
+        mine = next((name for name, is_finite in zip(weights, finite, strict=True) if not is_finite), None)
+        names: list[str | None] = [None] * self._ranks.world_size
+        dist.all_gather_object(names, mine)
+        for rank, name in enumerate(names):
+            if name:
+                wrong = f"{name} is not finite on rank {rank}"
+                raise UserError(f"{final}: not saved: {wrong}; older checkpoints are as they were", exit_code=1)
 
     def _on_rank_0(self, act: Callable[[], Any], what: str) -> Any:
         """*Collective*: rank 0 works on the disk; every rank gets its result or raises its error."""

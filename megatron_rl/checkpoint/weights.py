@@ -34,12 +34,17 @@ def load_weights(chunks: Iterable[Any], folder: Path) -> None:
     for chunk, values in wanted.items():
         for name in [name for name, value in values.items() if isinstance(value, ShardedObject)]:
             kept[chunk][name] = values.pop(name).data
-    try:
-        loaded = dist_checkpointing.load(wanted, str(folder))
-    except (CheckpointingException, CheckpointException, KeyError, OSError) as error:  # torch's is a BaseException
-        raise UserError(f"{folder}: cannot load the weights: {_line(error)}", exit_code=1) from error
+    loaded = load(wanted, folder)
     for i, chunk in enumerate(chunks):
         unwrap_model(chunk).load_state_dict(loaded[f"model{i}"] | kept[f"model{i}"])
+
+
+def load(state: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """*Collective*"""
+    try:
+        return dist_checkpointing.load(state, str(folder))
+    except (CheckpointingException, CheckpointException, KeyError, OSError, RuntimeError) as error:  # torch's is a BaseException
+        raise UserError(f"{folder}: cannot load it: {_line(error)}", exit_code=1) from error
 
 
 def _line(error: BaseException) -> str:

@@ -26,6 +26,7 @@ _HF_FILES = ("tokenizer*", "*_tokens*.json", "chat_template*", "vocab.*", "merge
 
 
 class Tokenizer(ABC):
+    path: Path
     eos_id: int
     pad_id: int
     vocab_size: int  # one more than the largest id
@@ -40,6 +41,9 @@ class Tokenizer(ABC):
     @abstractmethod
     def apply_chat(self, messages: Sequence[Message]) -> str:
         """The conversation as text, up to where the assistant's answer starts. Raises UserError without a chat template."""
+
+    @abstractmethod
+    def vocabulary(self) -> dict[str, int]: ...
 
     def encode(self, text: str) -> list[int]:
         return self.encode_many([text])[0]
@@ -65,6 +69,9 @@ class SentencePieceTokenizer(Tokenizer):
 
     def decode(self, tokens: Sequence[int]) -> str:
         return str(self.processor.decode([token for token in tokens if token < self.vocab_size]))
+
+    def vocabulary(self) -> dict[str, int]:
+        return {self.processor.id_to_piece(token): token for token in range(self.vocab_size)}
 
     def apply_chat(self, messages: Sequence[Message]) -> str:
         raise UserError(f"data.chat_template=true: the SentencePiece model {self.path} has no chat template", exit_code=1)
@@ -93,6 +100,9 @@ class HfTokenizer(Tokenizer):
     def decode(self, tokens: Sequence[int]) -> str:
         return str(self.tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
+    def vocabulary(self) -> dict[str, int]:
+        return dict(self.tokenizer.get_vocab())
+
     def apply_chat(self, messages: Sequence[Message]) -> str:
         if not self.tokenizer.chat_template:
             raise UserError(f"data.chat_template=true: the tokenizer in {self.path} has no chat template", exit_code=1)
@@ -106,6 +116,15 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     if path.is_file():
         return SentencePieceTokenizer(path)
     raise UserError(f"data.tokenizer={path}: no such file or directory (relative paths start from {Path.cwd()})", exit_code=1)
+
+
+def conflict(ours: Tokenizer, theirs: Tokenizer) -> str | None:
+    """An id that stands for one token here and for another there. That one of them has tokens beyond the other's is no conflict."""
+    there = {token_id: token for token, token_id in theirs.vocabulary().items()}
+    for token, token_id in ours.vocabulary().items():
+        if there.get(token_id, token) != token:
+            return f"id {token_id} is {token!r} in {ours.path} and {there[token_id]!r} in {theirs.path}"
+    return None
 
 
 def train_sentencepiece(

@@ -29,7 +29,8 @@ from megatron_rl.policy.ranks import MegatronRanks
 from megatron_rl.policy.schedule import lr_at
 from megatron_rl.ports import TokenLoss
 
-Load = Callable[[Mapping[str, torch.Tensor]], None]
+Load = Callable[[Sequence[torch.nn.Module]], None]
+"""Fills the live weights of this rank's chunks of the model."""
 LastStage = Callable[[RankInputs, torch.Tensor, torch.Tensor], tuple[torch.Tensor, Any]]
 """(inputs, logprobs_N, entropy_N) -> (what to differentiate, what to keep)"""
 
@@ -43,7 +44,7 @@ class Prepared:
 
 
 class MegatronPolicy:
-    """`ports.Policy`. `load` fills the live weights it is given (an import, say); without it they are random, from `seed`."""
+    """`ports.Policy`. Without `load` (an import, say) the weights are random, from `seed`."""
 
     def __init__(
         self,
@@ -61,13 +62,13 @@ class MegatronPolicy:
         from megatron.core.pipeline_parallel import get_forward_backward_func
 
         self.device, self.dtype = ranks.device, dtype_of(model, ranks.device)
-        self._offloaded = False
+        self._occupied: Occupied = "all"
         self.vocab_size = model.vocab_size
         self.updates = 0  # optimizer steps taken; the learning rate follows from it
         self._model, self._parallel, self._optimizer_config, self._total_steps = model, parallel, optimizer, total_steps
         bare = build_chunks(model, parallel, ranks.device)
         if load:
-            load(weights(bare))
+            load(bare)
         else:
             initialise(bare, model, seed)
         self.chunks = wrap(bare, parallel)
@@ -124,25 +125,22 @@ class MegatronPolicy:
         step = {"policy/grad_norm": grad_norm, "policy/lr": lr, "policy/skipped": float(skipped)}
         return self._totals(outputs) | step
 
-    def offload(self) -> None:
-        if self.device.type == "cpu" or self._offloaded:
+    def occupy(self, what: Occupied) -> None:
+        if self.device.type == "cpu" or what == self._occupied:
             return
-        self._offloaded = True
-        self.optimizer.offload_to_cpu()
+        self._occupied = what
+        states, params = what == "all", what != "nothing"
+        if not states:
+            self.optimizer.offload_to_cpu()
         for chunk in self.chunks:
             for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers):
-                buffer.offload_to_cpu()
+                buffer.offload_to_cpu(move_params=not params, move_grads=not states)
+                buffer.reload_from_cpu(move_params=params, move_grads=states)
         torch.cuda.synchronize()
-        torch.cuda.empty_cache()
-
-    def onload(self) -> None:
-        if not self._offloaded:
-            return
-        self._offloaded = False
-        for chunk in self.chunks:
-            for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers):
-                buffer.reload_from_cpu()
-        self.optimizer.restore_from_cpu()
+        if states:
+            self.optimizer.restore_from_cpu()
+        else:
+            torch.cuda.empty_cache()
 
     def _forward_backward(
         self, microbatches: Sequence[PackedBatch], temperature: float, last: LastStage, forward_only: bool

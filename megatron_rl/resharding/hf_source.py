@@ -132,8 +132,11 @@ TIED_HEAD = "lm_head.weight"  # some tied checkpoints hold the embedding under t
 
 def check_config(path: Path, model: ModelConfig) -> None:
     """Raises UserError naming every key of config.json that disagrees with `model`."""
-    file = path / "config.json"
-    config = read_json(file)
+    check_facts(path / "config.json", read_json(path / "config.json"), model)
+
+
+def check_facts(file: Path, config: Mapping[str, Any], model: ModelConfig) -> None:
+    """The same of the `config` that `file` holds or stands for."""
     try:
         theirs = family_of(model).from_hf_config(config)
     except ValueError as error:

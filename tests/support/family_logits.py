@@ -21,7 +21,7 @@ from tiny_families import model_of
 
 from megatron_rl.algorithms.batch import PackedBatch
 from megatron_rl.config.model import ModelConfig, OptimizerConfig, ParallelConfig
-from megatron_rl.policy import MegatronPolicy, MegatronRanks
+from megatron_rl.policy import MegatronPolicy, MegatronRanks, weights
 from megatron_rl.policy.packed import rank_inputs
 from megatron_rl.resharding.hf import load_hf
 
@@ -35,7 +35,7 @@ def compare(path: Path, model: ModelConfig, parallel: ParallelConfig, ranks: Meg
         total_steps=1,
         seed=0,
         ranks=ranks,
-        load=lambda weights: load_hf(path, weights, model, parallel, ranks.rank),
+        load=lambda chunks: load_hf(path, weights(chunks), model, parallel, ranks.rank),
     )
     expected = load_file(path / "expected.safetensors")
     cu_seqlens = torch.cat([torch.zeros(1), expected["lengths_S"].cumsum(0)]).int()

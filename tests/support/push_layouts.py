@@ -24,7 +24,7 @@ from megatron_rl.config.rollout import EngineConfig
 from megatron_rl.engine.client import SglangEngine
 from megatron_rl.engine.launcher import SglangEngines
 from megatron_rl.engine.weights import EngineWeights
-from megatron_rl.policy import MegatronPolicy, MegatronRanks
+from megatron_rl.policy import MegatronPolicy, MegatronRanks, weights
 from megatron_rl.resharding.execute import Resharder
 from megatron_rl.resharding.hf import export_hf, hf_config, load_hf
 from megatron_rl.resharding.push import PushToEngines, frozen
@@ -92,8 +92,8 @@ def main() -> None:
 
 
 def policy_of(path: Path, model: ModelConfig, parallel: ParallelConfig, ranks: MegatronRanks) -> MegatronPolicy:
-    def load(weights: Any) -> None:
-        load_hf(path, weights, model, parallel, ranks.rank)
+    def load(chunks: Any) -> None:
+        load_hf(path, weights(chunks), model, parallel, ranks.rank)
 
     return MegatronPolicy(model, parallel, OptimizerConfig(lr=1e-3), total_steps=1, seed=0, ranks=ranks, load=load)
 

@@ -9,7 +9,9 @@ every layout, saved again from there, and loaded at the layout before. Every ran
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -25,22 +27,37 @@ from megatron_rl.checkpoint.weights import load_weights, sharded_weights
 from megatron_rl.config.model import ModelConfig, ParallelConfig
 from megatron_rl.convert import hf_to_megatron
 from megatron_rl.policy.model import build_chunks, weights
-from megatron_rl.policy.ranks import MegatronRanks, _init_megatron
+from megatron_rl.policy.ranks import MegatronRanks
 from megatron_rl.resharding.execute import Resharder
 from megatron_rl.resharding.hf import export_hf, load_hf
 
 BUCKET = 200_000  # bytes: a few buckets of each model
+WORLDS = itertools.count()
+
+
+def end_world() -> None:
+    if dist.is_initialized():
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
+
+
+def begin_world() -> None:
+    """A process group that is left to itself keeps its threads, and those of some layouts together take all the time: each layout
+    has a world of its own, which meets at a place of its own in the store."""
+    end_world()
+    rank, world_size, port = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"))
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], port, is_master=False)
+    dist.init_process_group("gloo", store=dist.PrefixStore(f"world {next(WORLDS)}", store), rank=rank, world_size=world_size)
 
 
 class Layout:
-    """The same ranks, laid out anew, with a model that holds nothing yet."""
+    """The same processes, laid out anew, with a model that holds nothing yet."""
 
-    def __init__(self, model: ModelConfig, layout: dict[str, Any], ranks: MegatronRanks) -> None:
+    def __init__(self, model: ModelConfig, layout: dict[str, Any]) -> None:
         self.model, self.parallel = model, ParallelConfig(**layout)
-        self.parallel.check(ranks.world_size, model)
-        parallel_state.destroy_model_parallel()
-        _init_megatron(self.parallel, seed=0)
-        self.chunks = build_chunks(model, self.parallel, ranks.device)
+        begin_world()
+        self.ranks = MegatronRanks(self.parallel, model)
+        self.chunks = build_chunks(model, self.parallel, self.ranks.device)
         self.forget()
 
     def weights(self) -> dict[str, torch.Tensor]:
@@ -51,9 +68,9 @@ class Layout:
             tensor.fill_(float("nan"))
 
 
-def save(layout: Layout, folder: Path, rank: int) -> None:
+def save(layout: Layout, folder: Path) -> None:
     sharded, common = writer.split(sharded_weights(layout.chunks))
-    if rank == 0:
+    if layout.ranks.rank == 0:
         folder.mkdir()
         writer.write_common(common, folder)
     dist.barrier()
@@ -72,18 +89,17 @@ def unlike(wanted: dict[str, torch.Tensor], found: dict[str, torch.Tensor], mode
     return names
 
 
-def round_trips(folder: Path, layouts: dict[str, dict[str, Any]], cut_for: str, ranks: MegatronRanks) -> None:
+def round_trips(folder: Path, layouts: dict[str, dict[str, Any]], cut_for: str) -> None:
     model = model_of(json.loads((folder / "hf/config.json").read_text()))
-    parallel_state.destroy_model_parallel()
-    cut = layouts[cut_for]
-    overrides = [f"parallel.{key}={json.dumps(value)}" for key, value in cut.items()]
+    overrides = [f"parallel.{key}={json.dumps(value)}" for key, value in layouts[cut_for].items()]
+    begin_world()
     hf_to_megatron(folder / "hf", folder / "megatron", overrides, None, BUCKET)
     before: Path | None = None
     for name, layout in layouts.items():
-        here = Layout(model, layout, ranks)
-        load_hf(folder / "hf", here.weights(), model, here.parallel, ranks.rank, ranks)
+        here = Layout(model, layout)
+        load_hf(folder / "hf", here.weights(), model, here.parallel, here.ranks.rank, here.ranks)
         wanted = {key: tensor.clone() for key, tensor in here.weights().items()}
-        export_hf(Resharder(model, here.parallel, here.weights, ranks, BUCKET), folder / name, ranks.rank, {})
+        export_hf(Resharder(model, here.parallel, here.weights, here.ranks, BUCKET), folder / name, here.ranks.rank, {})
         for source in (folder / "megatron", before):
             if source:
                 here.forget()
@@ -92,13 +108,13 @@ def round_trips(folder: Path, layouts: dict[str, dict[str, Any]], cut_for: str, 
                     print(f"WRONG {folder.name}: {wrong} at {name} from {source.name}")
         if before:
             dist.barrier()
-            if ranks.rank == 0:
+            if here.ranks.rank == 0:
                 shutil.rmtree(before)
         before = folder / f"saved at {name}"
-        save(here, before, ranks.rank)
+        save(here, before)
     # the first layout's, from the last
-    first = Layout(model, next(iter(layouts.values())), ranks)
-    load_hf(folder / "hf", first.weights(), model, first.parallel, ranks.rank)
+    first = Layout(model, next(iter(layouts.values())))
+    load_hf(folder / "hf", first.weights(), model, first.parallel, first.ranks.rank)
     wanted = {key: tensor.clone() for key, tensor in first.weights().items()}
     first.forget()
     assert before
@@ -109,12 +125,10 @@ def round_trips(folder: Path, layouts: dict[str, dict[str, Any]], cut_for: str, 
 
 def main() -> None:
     folder, plan = Path(sys.argv[1]), json.loads(sys.argv[2])
-    dist.init_process_group("gloo")
-    model = model_of(json.loads((folder / next(iter(plan)) / "hf/config.json").read_text()))
-    ranks = MegatronRanks(ParallelConfig(), model)
     for number, (family, layouts) in enumerate(plan.items()):
-        round_trips(folder / family, layouts, [*layouts][number % len(layouts)], ranks)
-    print(f"rank {ranks.rank} done")
+        round_trips(folder / family, layouts, [*layouts][number % len(layouts)])
+        print(f"{family} done")
+    end_world()
 
 
 if __name__ == "__main__":

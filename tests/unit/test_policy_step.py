@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -66,7 +66,7 @@ def gradients(policy: MegatronPolicy) -> dict[str, torch.Tensor]:
 def test_logprobs_are_those_of_the_reference_implementation(ranks: MegatronRanks, shared_data: Path) -> None:
     folder = shared_data / "golden_bailing_moe_v2"
     model = ModelConfig.model_validate(FAMILIES["bailing_moe_v2"].from_hf_config(json.loads((folder / "config.json").read_text())))
-    policy = policy_of(ranks, model, load=lambda live: load_hf(folder, live, model, ALONE, 0))
+    policy = policy_of(ranks, model, load=lambda chunks: load_hf(folder, weights(chunks), model, ALONE, 0))
     golden = load_file(folder / "golden.safetensors")
     lengths = golden["attention_mask"].sum(-1).tolist()
     batch = packed(*(ids[:length] for ids, length in zip(golden["input_ids"], lengths, strict=True)))
@@ -155,8 +155,8 @@ def test_bf16_keeps_loaded_weights_and_the_expert_bias_in_fp32(ranks: MegatronRa
     """The optimizer's fp32 copies are made of what `load` left, and no cast rounds the bias."""
     bias = torch.tensor([0.1234567, -0.7654321, 1e-5, 3.0])
 
-    def load(live: Mapping[str, torch.Tensor]) -> None:
-        for name, tensor in live.items():
+    def load(chunks: Sequence[torch.nn.Module]) -> None:
+        for name, tensor in weights(chunks).items():
             tensor.fill_(0.015625)
             if name.endswith("expert_bias"):
                 tensor.copy_(bias)
