@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 from megatron_rl.types import GenerateRequest, Group, Intake, Manifest, Progress, Prompt, Rollout, Score
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from megatron_rl.algorithms.batch import LossOutput, PackedBatch
 
 T = TypeVar("T")
+Occupied = Literal["all", "weights", "nothing"]
 TokenLoss = Callable[["torch.Tensor", "torch.Tensor", "PackedBatch"], "LossOutput"]
 """(new_logprobs_T, entropy_T, batch) -> LossOutput; all aligned: entry t belongs to the token tokens_T[t]."""
 
@@ -55,11 +56,9 @@ class Policy(Protocol):
         """This rank's shards of all parameters and persistent buffers, by Megatron name with *global* layer and expert
         numbers (`decoder.layers.7.mlp.experts.local_experts.12.linear_fc1.weight`). Live storage, not copies."""
 
-    def offload(self) -> None:
-        """Leave the device to the engines, unless done already (a no-op where they share no device memory)."""
-
-    def onload(self) -> None:
-        """Take the device back, unless done already."""
+    def occupy(self, what: Occupied) -> None:
+        """What lies on the device from now on: `all`, the `weights` alone (for a push), or `nothing`, which leaves it to the
+        engines. Without effect where they share no device memory. Gradients do not survive."""
 
 
 class WeightSync(Protocol):
@@ -117,8 +116,9 @@ class Engines(Protocol):
     def sleep(self) -> None:
         """Give the device memory back, weights included; a sleeping engine stays asleep."""
 
-    def wake(self) -> None:
-        """Take it again, without the weights; an awake engine stays awake."""
+    def wake(self, *, for_push: bool) -> None:
+        """Take memory again: that of the weights, whose values are lost, and unless it is for a push that of all else. What is
+        awake stays awake."""
 
     def stop(self) -> None: ...
 

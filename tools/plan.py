@@ -83,7 +83,6 @@ def as_dict(run: PlanRun, found: Found) -> dict[str, Any]:
         "sequence_tokens": run.longest,
         "layouts": [plan_dict(run, plan) for plan in found.plans[: run.show]],
         "nearest": plan_dict(run, found.nearest) if found.nearest and not found.plans else None,
-        "with_a_lean_sync": [plan_dict(run, plan) for plan in found.leaner[: run.show]],
         "rejected": [{"reason": reason, "layouts": number} for reason, number in found.rejected],
         "looked_at": found.looked_at,
         "fitting": found.fitting,
@@ -94,7 +93,6 @@ def plan_dict(run: PlanRun, plan: Plan) -> dict[str, Any]:
     return {
         "overrides": overrides(run, plan),
         "problem": plan.problem or None,
-        "recompute": plan.recompute,
         "microbatches": plan.microbatches,
         "parameters_per_rank": asdict(plan.held),
         "memory_bytes": {usage.phase: usage.kinds | {"pipeline_rank": usage.pipeline_rank} for usage in plan.usages},
@@ -110,6 +108,8 @@ def overrides(run: PlanRun, plan: Plan) -> list[str]:
     keys = [f"parallel.{key}={getattr(parallel, key)}" for key in SIZES]
     if parallel.sequence_parallel:
         keys.append("parallel.sequence_parallel=true")
+    if parallel.recompute != "none":
+        keys.append(f"parallel.recompute={parallel.recompute}")
     if parallel.layers_per_stage:
         keys.append(f"parallel.layers_per_stage=[{','.join(map(str, parallel.layers_per_stage))}]")
     engine = plan.engine.tp
@@ -117,7 +117,7 @@ def overrides(run: PlanRun, plan: Plan) -> list[str]:
         *keys,
         f"engine.tp={engine}",
         f"engine.count={run.cluster.gpus // engine}",
-        f"engine.mem_fraction_static={plan.mem_fraction:.2f}",
+        f"engine.mem_fraction_static={plan.mem_fraction:.3f}",
     ]
 
 
@@ -139,12 +139,6 @@ def show(run: PlanRun, found: Found, console: Console) -> None:
     if not plans and found.nearest:
         console.print(f"[bold]No layout fits.[/] Nearest: {' '.join(overrides(run, found.nearest))}\n  {found.nearest.problem}\n")
         show_memory(found.nearest, console)
-        if found.leaner:
-            console.print(
-                f"[bold]Fits with sync_keeps=\\[][/]: no {', '.join(run.sync_keeps)} on the device while weights travel. "
-                f"{len(found.leaner):,} layouts would, the best:\n"
-            )
-            plans = found.leaner
     if plans:
         show_ranking(run, plans[: run.show], console)
         show_memory(plans[0], console)
@@ -168,7 +162,7 @@ def show_ranking(run: PlanRun, plans: list[Plan], console: Console) -> None:
         fullest = plan.usages[0].total / GIB
         uneven = "*" if plan.parallel.layers_per_stage else ""
         layout[SIZES.index("pp")] += uneven
-        table.add_row(*layout, plan.recompute, f"tp{plan.engine.tp}", str(plan.microbatches), *times, f"{fullest:.1f}")
+        table.add_row(*layout, plan.parallel.recompute, f"tp{plan.engine.tp}", str(plan.microbatches), *times, f"{fullest:.1f}")
     console.print(table)
     if any(plan.parallel.layers_per_stage for plan in plans):
         console.print("* uneven stages (parallel.layers_per_stage)")

@@ -113,6 +113,11 @@ class ModelConfig(Config):
         return -(-self.vocab_size // tp) * tp
 
 
+# What a backward computes again instead of keeping it: selective the norms, the activation inside experts and latent attention's
+# up-projections; mlp the norms and whole MLPs; full whole layers.
+Recompute = Literal["none", "selective", "mlp", "full"]
+
+
 class ParallelConfig(Config):
     """The layout. World size = TP x PP x CP x DP; experts are spread over EP x ETP of the same ranks."""
 
@@ -128,6 +133,7 @@ class ParallelConfig(Config):
     distributed_optimizer: bool = True
     overlap_grad_reduce: bool = False
     microbatch_tokens: PositiveInt = 8192  # packed tokens per microbatch and replica; a longer sequence gets one of its own
+    recompute: Recompute = "none"
     timeout_s: PositiveFloat = 7200.0  # of one collective; the other ranks wait in one while rank 0 generates
 
     def stages(self, num_layers: int) -> tuple[int, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, Self
+from typing import Self
 
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
@@ -78,9 +78,6 @@ class ClusterConfig(Config):
         return min(self.gpus, self.gpus_per_node)
 
 
-Recompute = Literal["none", "selective", "mlp", "full"]
-
-
 class PlanRun(Config):
     model: ModelConfig
     cluster: ClusterConfig
@@ -88,9 +85,7 @@ class PlanRun(Config):
     engine: EngineConfig = EngineConfig()
     sequence_tokens: PositiveInt | None = None  # the longest prompt and response; null: what the model takes, at most 32,768
     step_tokens: PositiveInt = 8_388_608  # trained per optimizer step, over all replicas
-    recompute: Literal["auto", "none", "selective", "mlp", "full"] = "auto"  # auto: the least that fits
     expert_imbalance: float = Field(default=1.25, ge=1.0)  # tokens of the busiest expert rank over the mean
-    sync_keeps: tuple[Literal["gradients", "optimizer", "kv_cache"], ...] = ("gradients", "optimizer", "kv_cache")
     kv_sequences: PositiveInt = 8  # of the longest length: what an engine's KV cache has to hold at least
     show: PositiveInt = 5  # layouts
 

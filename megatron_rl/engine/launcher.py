@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 POLL_S = 0.1
 PROGRESS_S = 10.0  # between two lines that say what we wait for
 START_ATTEMPTS = 3
+WEIGHTS, OTHERS = "weights", ("kv_cache", "cuda_graph")  # what SGLang can put to sleep (srt/constants.py)
 
 
 class StartFailed(EngineLost):
@@ -49,7 +50,7 @@ class SglangEngines:
         self._vocab_size = _vocab_size(model_path)
         self._servers: dict[str, tuple[ServerProcess, SglangEngine]] = {}
         self._restarts = 0
-        self._asleep: set[str] = set()
+        self._asleep: dict[str, tuple[str, ...]] = {}  # by server, what of it
 
     @property
     def alive(self) -> Sequence[SglangEngine]:
@@ -92,16 +93,19 @@ class SglangEngines:
         """On CUDA the servers give their device memory back. On a CPU there is nothing to give: SGLang's pools stay."""
         if self._device == "cuda":
             for engine in self.alive:
-                with suppress(EngineLost):  # it is not alive any more, and so `recover`'s
-                    engine.call("/release_memory_occupation", {})
-                    self._asleep.add(engine.name)
+                asleep = self._asleep.get(engine.name, ())
+                if tags := [tag for tag in (WEIGHTS, *OTHERS) if tag not in asleep]:
+                    with suppress(EngineLost):  # it is not alive any more, and so `recover`'s
+                        engine.call("/release_memory_occupation", {"tags": tags})
+                        self._asleep[engine.name] = (WEIGHTS, *OTHERS)
 
-    def wake(self) -> None:
+    def wake(self, *, for_push: bool) -> None:
         for engine in self.alive:
-            if engine.name in self._asleep:
+            asleep = self._asleep.get(engine.name, ())
+            if tags := [tag for tag in asleep if tag == WEIGHTS or not for_push]:
                 with suppress(EngineLost):
-                    engine.call("/resume_memory_occupation", {})
-                    self._asleep.discard(engine.name)
+                    engine.call("/resume_memory_occupation", {"tags": tags})
+                    self._asleep[engine.name] = tuple(tag for tag in asleep if tag not in tags)
 
     def stop(self) -> None:
         """By SIGKILL: a server holds nothing that is worth keeping, and SGLang looks at a SIGTERM only every five seconds."""
@@ -121,7 +125,7 @@ class SglangEngines:
         """Start these servers side by side, and wait for them. If one fails all of these are ended."""
         for index in indices:
             self._servers[_name(index)] = self._spawn(index)
-            self._asleep.discard(_name(index))
+            self._asleep.pop(_name(index), None)
         try:
             self._wait([_name(index) for index in indices])
         except BaseException:

@@ -33,7 +33,6 @@ class RlParts:
 
 def push(parts: RlParts, version: int) -> None:
     """*Collective*: every engine alive and on weights `version`."""
-    parts.policy.onload()
     while True:
         bring_up_engines(parts)
         try:
@@ -44,18 +43,20 @@ def push(parts: RlParts, version: int) -> None:
 
 
 def bring_up_engines(parts: RlParts) -> None:
-    """Start what does not run. They need a push before they are of use."""
+    """*Collective*: start what does not run. They need a push before they are of use."""
+    parts.policy.occupy("weights")
+    parts.ranks.barrier("all policies to make room for the engines")
     if parts.engines:
         parts.engines.recover()
-        parts.engines.wake()
+        parts.engines.wake(for_push=True)
 
 
 def hand_device_to_engines(parts: RlParts) -> None:
     """*Collective*."""
-    parts.policy.offload()
+    parts.policy.occupy("nothing")
+    parts.ranks.barrier("all policies to leave the device")
     if parts.engines:
-        parts.engines.wake()
-    parts.ranks.barrier("engines and policy to change places")
+        parts.engines.wake(for_push=False)
 
 
 def hand_device_to_policy(parts: RlParts) -> None:
@@ -63,4 +64,4 @@ def hand_device_to_policy(parts: RlParts) -> None:
     if parts.engines:
         parts.engines.sleep()
     parts.ranks.barrier("engines and policy to change places")
-    parts.policy.onload()
+    parts.policy.occupy("all")

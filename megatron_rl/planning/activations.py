@@ -16,8 +16,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_rl.config.model import ModelConfig, ParallelConfig
-from megatron_rl.config.plan import Recompute
+from megatron_rl.config.model import ModelConfig, ParallelConfig, Recompute
 from megatron_rl.planning.parameters import Stage
 
 RECOMPUTE: Sequence[Recompute] = ("none", "selective", "mlp", "full")

@@ -5,7 +5,7 @@ moments (12, over the data-parallel ranks with `parallel.distributed_optimizer`)
 the state is 8. Frozen parameters have weights only.
 
     train      weights, gradients, optimizer, activations
-    sync       weights, engine weights, buckets, and what `sync_keeps` says
+    sync       weights, engine weights, buckets
     generate   engine weights, KV cache, and what an offloaded policy cannot give back
 
 Invariant: weights, gradients and optimizer are those of a real run, but for alignment (64 elements a parameter).

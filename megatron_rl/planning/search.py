@@ -15,8 +15,8 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 from megatron_rl.config.errors import UserError
-from megatron_rl.config.model import ModelConfig, ParallelConfig
-from megatron_rl.config.plan import PlanRun, Recompute
+from megatron_rl.config.model import ModelConfig, ParallelConfig, Recompute
+from megatron_rl.config.plan import PlanRun
 from megatron_rl.planning.activations import RECOMPUTE, Tokens, in_flight, layer_parts, stage_bytes
 from megatron_rl.planning.memory import Engine, PolicyBytes, Usage, engine_of, item_bytes, policy_bytes
 from megatron_rl.planning.parameters import Census, Held, Stage, stages
@@ -33,7 +33,6 @@ SIZES = ("tp", "cp", "pp", "vpp", "ep", "etp")
 @dataclass(frozen=True)
 class Plan:
     parallel: ParallelConfig
-    recompute: Recompute
     engine: Engine
     kv_tokens: float  # of an engine
     mem_fraction: float
@@ -51,7 +50,6 @@ class Found:
     plans: list[Plan]  # those that fit, the best of each TP x PP x EP, the best first
     fitting: int
     nearest: Plan | None  # where none fits: the one that lacks least
-    leaner: list[Plan]  # where none fits: those that would if a sync kept nothing on the device that it does not need
     rejected: list[tuple[str, int]]  # reasons, the most frequent first
     looked_at: int
 
@@ -64,7 +62,6 @@ def search(run: PlanRun, named: Collection[str]) -> Found:
     fitting: list[Plan] = []
     nearest: Plan | None = None
     looked_at = 0
-    trains: list[ParallelConfig] = []
     for parallel in candidates(run, named):
         looked_at += 1
         try:
@@ -77,8 +74,6 @@ def search(run: PlanRun, named: Collection[str]) -> Found:
             fitting.append(plan)
             continue
         reasons[_kind(plan.problem)] += 1
-        if plan.usages[0].total <= run.cluster.usable_bytes:
-            trains.append(parallel)
         if nearest is None or _lack(run, plan) < _lack(run, nearest):
             nearest = plan
     if not looked_at:
@@ -86,11 +81,7 @@ def search(run: PlanRun, named: Collection[str]) -> Found:
     rejected = reasons.most_common()
     if not fitting and nearest is None:
         raise UserError("; ".join(reason for reason, _ in rejected[:3]))
-    leaner: list[Plan] = []
-    if not fitting and run.sync_keeps:
-        lean = run.model_copy(update={"sync_keeps": ()})
-        leaner = [plan for parallel in trains if not (plan := evaluate(lean, census, parallel, engines, named)).problem]
-    return Found(census, _ranked(fitting), len(fitting), nearest, _ranked(leaner), rejected, looked_at)
+    return Found(census, _ranked(fitting), len(fitting), nearest, rejected, looked_at)
 
 
 def _why_none(run: PlanRun, named: Collection[str]) -> str:
@@ -190,7 +181,9 @@ def evaluate(
     held = [census.held(stage, parallel) for stage in ranks]
     policy = [policy_bytes(each, parallel, run.cluster.gpus, item) for each in held]
     number = microbatches(run, parallel)
-    recompute, train = _train(run, parallel, ranks, policy, number, item)
+    choices = [parallel.recompute] if "parallel.recompute" in named else RECOMPUTE
+    recompute, train = _train(run, parallel, ranks, policy, number, item, choices)
+    parallel = parallel.model_copy(update={"recompute": recompute})
     most = max(held, key=lambda each: each.parameters)
     fullest = max(range(parallel.pp), key=lambda rank: policy[rank].weights + policy[rank].optimizer)
     trains = train.total <= run.cluster.usable_bytes
@@ -201,7 +194,6 @@ def evaluate(
             break
     return Plan(
         parallel=parallel,
-        recompute=recompute,
         engine=served.engine,
         kv_tokens=served.tokens,
         mem_fraction=served.fraction,
@@ -209,20 +201,25 @@ def evaluate(
         microbatches=number,
         usages=(train, *served.usages),
         sync=sync,
-        time=step_time(run, census, parallel, ranks, most, recompute),
+        time=step_time(run, census, parallel, ranks, most),
         problem=served.problem if trains else _does_not_fit(run, train),
     )
 
 
 def _train(
-    run: PlanRun, parallel: ParallelConfig, ranks: Sequence[Stage], policy: Sequence[PolicyBytes], number: int, item: int
+    run: PlanRun,
+    parallel: ParallelConfig,
+    ranks: Sequence[Stage],
+    policy: Sequence[PolicyBytes],
+    number: int,
+    item: int,
+    choices: Sequence[Recompute],
 ) -> tuple[Recompute, Usage]:
-    """The least recomputation that fits, or else the most, and its fullest rank."""
+    """The first of `choices` that fits, or else the last, and its fullest rank."""
     tokens = Tokens.of(run.model, parallel, run.microbatch_tokens, run.expert_imbalance)
     dense = layer_parts(run.model, parallel, tokens, moe=False)
     parts = (dense, layer_parts(run.model, parallel, tokens, moe=True) if run.model.moe else dense)
     states = max(each.weights + each.gradients + each.optimizer for each in policy)
-    choices = RECOMPUTE if run.recompute == "auto" else [run.recompute]
     for recompute in choices if states < run.cluster.usable_bytes else choices[-1:]:
         usages = []
         for rank, stage in enumerate(ranks):
@@ -249,22 +246,20 @@ class Served:
 
 
 def _share(run: PlanRun, engine: Engine, policy: PolicyBytes, rank: int, sync: Sync, named: Collection[str]) -> Served:
-    usable, keeps = run.cluster.usable_bytes, run.sync_keeps
+    usable = run.cluster.usable_bytes
     moving = {"weights": policy.weights, "engine weights": engine.weights, "buckets": BUCKETS * sync.bucket_bytes}
-    moving |= {kind: getattr(policy, kind) for kind in ("gradients", "optimizer") if kind in keeps}
     resting = {"weights": policy.fixed, "engine weights": engine.weights}
     memory, wanted = run.cluster.specs.memory_gib * GIB, run.kv_sequences * run.longest
     if "engine.mem_fraction_static" in named:
         fraction = run.engine.mem_fraction_static
-    else:  # all that neither phase needs
-        taken = max(sum(resting.values()), sum(moving.values()) if "kv_cache" in keeps else 0.0)
-        fraction = max(0.0, math.floor(1000 * (usable - taken + engine.weights) / memory) / 1000)
+    else:  # all that the phase leaves
+        fraction = max(0.0, math.floor(1000 * (usable - policy.fixed) / memory) / 1000)
     tokens = max(0.0, fraction * memory - engine.weights) / engine.kv_per_token
     if limit := run.engine.max_total_tokens:
         tokens, wanted = min(tokens, limit), min(wanted, limit)
     cache = {"KV cache": max(tokens, wanted) * engine.kv_per_token}
     usages = (
-        Usage("sync", rank, moving | (cache if "kv_cache" in keeps else {})),
+        Usage("sync", rank, moving),
         Usage("generate", rank, resting | cache),
     )
     over = [usage for usage in usages if usage.total > usable]

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from megatron_rl.config.model import ModelConfig, ParallelConfig
-from megatron_rl.config.plan import PlanRun, Recompute
+from megatron_rl.config.plan import PlanRun
 from megatron_rl.planning.activations import Tokens
 from megatron_rl.planning.parameters import Census, Held, Stage
 
@@ -67,9 +67,7 @@ def microbatches(run: PlanRun, parallel: ParallelConfig) -> int:
     return math.ceil(number / parallel.pp) * parallel.pp if parallel.vpp > 1 else number
 
 
-def step_time(
-    run: PlanRun, census: Census, parallel: ParallelConfig, stages: Sequence[Stage], held: Held, recompute: Recompute
-) -> StepTime:
+def step_time(run: PlanRun, census: Census, parallel: ParallelConfig, stages: Sequence[Stage], held: Held) -> StepTime:
     """`held`: of the rank with the most parameters."""
     model, tokens = run.model, Tokens.of(run.model, parallel, run.microbatch_tokens, 1.0)
     number, peak = microbatches(run, parallel), run.cluster.specs.bf16_tflops * 1e12
@@ -83,10 +81,10 @@ def step_time(
         whole = mlp + dense * kinds[0].attention + moe * kinds[1].attention + stage.last * head
         forward, forward_mlp = max((forward, forward_mlp), (whole, mlp))
         layers, moe_layers = max(layers, dense + moe), max(moe_layers, moe)
-    again = {"none": 0.0, "selective": 0.03 * forward, "mlp": forward_mlp, "full": forward}[recompute]
+    again = {"none": 0.0, "selective": 0.03 * forward, "mlp": forward_mlp, "full": forward}[parallel.recompute]
     per_flop = run.microbatch_tokens / (parallel.cp * parallel.tp) / peak
     compute, repeated = 3 * forward * per_flop, again * per_flop
-    repeats = 1.5 if recompute in ("mlp", "full") else 1.0  # forward collectives once more
+    repeats = 1.5 if parallel.recompute in ("mlp", "full") else 1.0  # forward collectives once more
     tp = layers * repeats * _tensor_parallel(run, parallel, tokens)
     ep = moe_layers * repeats * _expert_parallel(run, parallel, tokens)
     cp = layers * _context_parallel(run, parallel, tokens)

@@ -27,7 +27,7 @@ from megatron_rl.policy.optimizer import build_optimizer, update, wrap
 from megatron_rl.policy.packed import RankInputs, rank_inputs
 from megatron_rl.policy.ranks import MegatronRanks
 from megatron_rl.policy.schedule import lr_at
-from megatron_rl.ports import TokenLoss
+from megatron_rl.ports import Occupied, TokenLoss
 
 Load = Callable[[Sequence[torch.nn.Module]], None]
 """Fills the live weights of this rank's chunks of the model."""

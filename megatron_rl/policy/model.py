@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from megatron_rl.config.errors import UserError
 from megatron_rl.config.model import ModelConfig, ParallelConfig
 from megatron_rl.policy import departures, platform_cpu
 
@@ -116,7 +117,24 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, dtype: torc
         moe_token_dispatcher_type="alltoall",  # the only one that takes variable lengths (Megatron asks dense models, too)
         **(_moe_config(model, te) if model.moe else {}),
         **(_mla_config(model) if model.mla else {}),
+        **_recompute(model, parallel, te),
     )
+
+
+def _recompute(model: ModelConfig, parallel: ParallelConfig, te: bool) -> dict[str, Any]:
+    kind = parallel.recompute
+    if kind == "none":
+        return {}
+    if kind == "full":
+        return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    if kind == "selective" and not te:
+        raise UserError("parallel.recompute=selective needs Transformer Engine on CUDA (tensor_parallel/random.py:589)")
+    modules = (["layernorm"] + ["mla_up_proj"] * (model.mla is not None)) * te
+    if kind == "selective":
+        modules += ["moe_act"] * (model.moe is not None)
+    else:
+        modules += ["mlp"] + ["moe"] * (model.moe is not None)
+    return {"recompute_granularity": "selective", "recompute_modules": modules}
 
 
 def _layout(model: ModelConfig, parallel: ParallelConfig) -> list[list[str]] | None:

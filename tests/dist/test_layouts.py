@@ -26,12 +26,15 @@ LING: dict[int, dict[str, dict[str, Any]]] = {
         "PP2": {"pp": 2},
         "PP2 VPP2": {"pp": 2, "vpp": 2},
         "CP2": {"cp": 2},
+        "EP2, MLPs again": {"ep": 2, "recompute": "mlp"},
+        "TP2, all again": {"tp": 2, "recompute": "full", **SP},
+        "PP2, all again": {"pp": 2, "recompute": "full"},
     },
     4: {"TP2 PP2 EP2": {"tp": 2, "pp": 2, "ep": 2, **SP}, "TP2 CP2": {"tp": 2, "cp": 2, **SP}},
 }
 TP2, EP2, PP2, CP2 = {"tp": 2, **SP}, {"ep": 2}, {"pp": 2, "layers_per_stage": [3, 1]}, {"cp": 2}
 OTHERS: dict[str, dict[str, dict[str, Any]]] = {
-    "latent": {"TP2": TP2, "PP2": PP2, "CP2": CP2},
+    "latent": {"TP2": TP2, "PP2": PP2, "CP2": CP2, "TP2, MLPs again": {**TP2, "recompute": "mlp"}},
     "normalised head": {"TP2": TP2, "EP2": EP2},
     "tied, biased": {"TP2": TP2, "PP2": PP2},
 }

@@ -275,15 +275,6 @@ def test_what_does_not_fit_says_where_and_why() -> None:
     assert dict(found.rejected)["does not fit in phase train"] > 0
 
 
-def test_a_lean_sync_is_offered_where_it_would_do() -> None:
-    model = model_file("deepseek_v3")
-    found = search(plan_run(model, 256), ())
-    assert not found.plans
-    lean = search(plan_run(model, 256, sync_keeps=[]), ())
-    assert [plan.parallel for plan in found.leaner] == [plan.parallel for plan in lean.plans]
-    assert lean.plans
-
-
 def test_impossible_layouts_name_their_key() -> None:
     model = model_file("ling_mini_2_0")
     for key, value, message in (
@@ -304,7 +295,7 @@ def test_impossible_layouts_name_their_key() -> None:
         ({"cluster": {"gpus": 12}}, "cluster: gpus=12"),
         ({"cluster": {"reserve_gib": 80}}, "cluster: reserve_gib=80"),
         ({"sequence_tokens": 99_999}, "sequence_tokens=99999"),
-        ({"recompute": "some"}, "recompute="),
+        ({"parallel": {"recompute": "some"}}, "recompute="),
     ],
 )
 def test_wrong_values_are_one_line_with_their_key(values: dict[str, Any], message: str) -> None:
