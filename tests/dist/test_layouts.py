@@ -76,7 +76,7 @@ def test_losses_norms_and_logprobs_are_those_of_one_process(results: Path, world
                 assert step[name] == pytest.approx(expected[name], rel=1e-5, abs=1e-6 if name != "policy/grad_norm" else 0), name
         for number, logprobs in there["logprobs"].items():
             for whose in ("old", "reference"):
-                assert logprobs[whose] == pytest.approx(one["logprobs"][number][whose], abs=2e-5)
+                assert logprobs[whose] == pytest.approx(one["logprobs"][number][whose], abs=5e-5)
         seen |= there["logprobs"].keys()
     assert seen == one["logprobs"].keys()
 
