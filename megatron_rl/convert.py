@@ -323,7 +323,7 @@ def _conversion(file: Path, overrides: Sequence[str]) -> Conversion:
     except OmegaConfBaseException as error:
         raise UserError(" ".join(str(error).split())) from None
     layout = merged["parallel"]
-    if isinstance(layout.get("tp"), int):
+    if isinstance(layout, dict) and isinstance(layout.get("tp"), int):
         layout.setdefault("sequence_parallel", layout["tp"] > 1)  # it cuts nothing
     conversion = validate(Conversion, merged)
     parallel = conversion.parallel

@@ -51,6 +51,8 @@ def start_from(path: Path, model: ModelConfig, parallel: ParallelConfig, ranks: 
 
 def run_of(step: Path) -> tuple[ModelConfig, str]:
     """The model and `data.tokenizer` of the run that saved runs/NAME/checkpoints/step_N."""
+    if not step.is_dir():
+        raise UserError(f"{step}: no such folder", exit_code=1)
     file = step.parent.parent / "config.yaml"
     try:
         run = yaml.safe_load(file.read_text())

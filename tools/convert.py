@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 from pathlib import Path
@@ -46,12 +47,12 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     args = arguments()
     set_up_logging(int(os.environ.get("RANK", 0)))
-    from megatron_rl import convert
-
     try:
-        if args.bucket_mb <= 0:
+        if not 0 < args.bucket_mb < math.inf:
             raise UserError(f"--bucket-mb={args.bucket_mb:g}: has to be positive")
         bucket_bytes = int(args.bucket_mb * 2**20)
+        from megatron_rl import convert  # seconds
+
         if args.verb == "hf-to-megatron":
             convert.hf_to_megatron(args.src, args.dst, args.overrides, args.dtype, bucket_bytes)
         else:
@@ -60,6 +61,10 @@ def main() -> None:
         if os.environ.get("RANK", "0") == "0":
             print(f"convert.py: error: {error}", file=sys.stderr, flush=True)
         sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        if os.environ.get("RANK", "0") == "0":
+            print("convert.py: interrupted; the same command goes on from here", file=sys.stderr, flush=True)
+        os._exit(130)  # other ranks may be in the middle of a collective, and a clean end would wait for them
 
 
 if __name__ == "__main__":

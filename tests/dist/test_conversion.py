@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +15,8 @@ import torch
 from ranks import SUPPORT, run_ranks
 from safetensors.torch import load_file
 from tiny_families import TINY, tiny_model, write_family
+
+from megatron_rl.convert import megatron_to_hf
 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(600)]  # the first test waits for all ranks' work
 SP = {"sequence_parallel": True}
@@ -70,3 +76,31 @@ def test_a_megatron_checkpoint_of_any_layout_loads_at_any_other(tried: tuple[Pat
     _, output = tried
     assert output.count("done") == 4 * len(LAYOUTS)
     assert [line for line in output.splitlines() if line.startswith("WRONG")] == []
+
+
+def test_an_interrupted_and_then_killed_conversion_is_finished_by_other_ranks(tmp_path: Path, repo_root: Path) -> None:
+    source, target, tool = (
+        write_family(tmp_path / "hf", "qwen3_moe", num_hidden_layers=2),
+        tmp_path / "megatron",
+        repo_root / "tools/convert.py",
+    )
+    arguments = ["hf-to-megatron", "--src", str(source), "--dst", str(target), "--bucket-mb", "0.001"]
+    pieces = target.with_name("megatron.tmp") / "pieces"
+    done = 0
+    for how in (signal.SIGINT, signal.SIGKILL):
+        process = subprocess.Popen([sys.executable, tool, *arguments], stderr=subprocess.PIPE, text=True)
+        deadline = time.monotonic() + 60
+        while len([*pieces.glob("*[0-9]")]) <= done and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.002)
+        process.send_signal(how)
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == (130 if how == signal.SIGINT else -how), errors
+        assert "Traceback" not in errors
+        assert ("interrupted; the same command goes on" in errors) == (how == signal.SIGINT)
+        assert not target.exists()
+        assert len([*pieces.glob("*[0-9]")]) > done
+        done = len([*pieces.glob("*[0-9]")])
+    run_ranks(2, tool, arguments)
+    assert not pieces.parent.exists()
+    megatron_to_hf(target, tmp_path / "back", None, 2**20)
+    assert_same(source, tmp_path / "back")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -149,6 +151,7 @@ def test_an_existing_destination_is_left_alone(source: Path, tmp_path: Path) -> 
         (["parallel.etp=64"], "parallel.etp=64 does not divide model.moe.ffn_hidden_size=32"),
         (["parallel.tp=0"], "parallel.tp=0: Input should be greater than 0"),
         (["parallel.zp=2"], "parallel.zp: unknown key"),
+        (["parallel"], "parallel=None: Input should be a valid dictionary"),
         (["cluster.gpus=2"], "cluster: unknown key"),
         (["model.num_layers=3"], "disagrees with the configured model: model.num_layers=3 (checkpoint: 2)"),
     ],
@@ -158,6 +161,14 @@ def test_an_impossible_layout_is_refused_before_a_byte_is_written(
 ) -> None:
     assert message in refused(hf_to_megatron, source, tmp_path / "megatron", overrides, None, BUCKET)
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+@pytest.mark.parametrize("bucket_mb", ["nan", "inf", "0", "-1"])
+def test_a_bucket_without_a_size_is_refused(repo_root: Path, tmp_path: Path, bucket_mb: str) -> None:
+    command = [repo_root / "tools/convert.py", "megatron-to-hf", "--src", tmp_path, "--dst", tmp_path / "out"]
+    done = subprocess.run([sys.executable, *command, f"--bucket-mb={bucket_mb}"], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr == f"convert.py: error: --bucket-mb={bucket_mb}: has to be positive\n"
 
 
 def test_a_config_json_without_what_its_family_needs_is_refused(source: Path, tmp_path: Path) -> None:
