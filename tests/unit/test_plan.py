@@ -190,6 +190,7 @@ def test_ling_1t_at_512_ranks(repo_root: Path, layout: dict[str, int]) -> None:
     started = time.process_time()
     plan = make_plan(names_of(model), parallel, held, 256 << 20)
     seconds = time.process_time() - started
+    assert sorted(chain(*names_in(plan))) == sorted(names_of(model).hf_shapes)
     assert sum(tensor.nbytes for bucket in plan.buckets for tensor in bucket.tensors) > 1.9e12
     assert all(len(bucket.tensors) == 1 or bucket.room <= 256 << 20 for bucket in plan.buckets)
     assert seconds < 10
