@@ -8,7 +8,11 @@ run is a fold over its event log, and production, replay and simulation are the 
 The pool is the unfinished rollouts, running or carried; finished members wait beside it for their siblings. A phase belongs to one
 weight version. It ends when its budget is spent *and* a group waits for training. With the budget spent no further group is
 wanted, but what is in the pool goes on until a group is complete: since the pool is not empty then, no phase ends empty-handed and
-none lives for ever. `policy="synchronous"` is the baseline: pool_capacity // group_size groups, all waited for, nothing carried.
+none lives for ever.
+
+Two baselines are policies of the same machine. "synchronous": pool_capacity // group_size groups, all waited for, nothing carried.
+"count" over-samples: the pool is filled at the start of a phase, which ends when groups_per_phase are complete (DAPO's and slime's
+way); the rest is carried, or dropped and offered again.
 
 Invariants (tests/property/test_c3po_pp.py):
 - conservation: each member of each offered group is in the pool, waits finished for its siblings, is in the training pool, or has
@@ -89,6 +93,7 @@ class Counts:
 
     generated: int = 0  # tokens
     finished: int = 0  # tokens of the rollouts that finished, earlier phases' share included
+    ended: int = 0  # rollouts that finished
     released: int = 0  # groups
     resumed: int = 0  # rollouts that went on from an earlier phase's tokens
     restarted: int = 0  # rollouts
@@ -211,6 +216,8 @@ def metrics(state: State, settings: Settings) -> dict[str, float]:
 def _complete(state: State, settings: Settings) -> bool:
     if settings.policy == "synchronous":
         return not state.groups and state.counts.released >= settings.pool_capacity // settings.group_size
+    if settings.policy == "count":
+        return state.counts.released >= settings.groups_per_phase
     return spent(state, settings) >= settings.token_budget and bool(state.training_pool)
 
 
@@ -224,6 +231,8 @@ def _has_room(state: State, settings: Settings) -> bool:
     if state.unfinished + (state.wants + 1) * settings.group_size > settings.pool_capacity:
         return False
     underway = len(state.groups) + state.wants
+    if settings.policy == "count":  # those that ended keep their place until the next phase
+        return state.unfinished + state.counts.ended + (state.wants + 1) * settings.group_size <= settings.pool_capacity
     if settings.policy == "synchronous":
         return underway + state.counts.released < settings.pool_capacity // settings.group_size
     return spent(state, settings) < settings.token_budget or underway == 0
@@ -240,6 +249,9 @@ def _open_phase(state: State, version: int, settings: Settings, actions: list[Ac
         raise ValueError(f"phase {version} cannot start: phase {state.version} is {state.phase}")
     if version > state.version:
         state.version, state.counts = version, Counts()
+        if settings.policy == "count" and settings.unfinished == "discard":
+            for group_id in list(state.groups):
+                _drop(state, group_id, actions)
         _retire_stale(state, settings, actions)
     state.phase = "running"
     if _complete(state, settings):  # cut short by a Stop just when it was complete
@@ -258,17 +270,22 @@ def _retire_stale(state: State, settings: Settings, actions: list[Action]) -> No
     for name in stale:
         group_id = name.rpartition("#")[0]
         if settings.on_stale == "drop_group" and group_id in state.groups:
-            members = state.groups.pop(group_id)
-            state.unfinished -= sum(m.status == "waiting" for m in members)
-            state.counts.dropped_stale += sum(m.tokens > 0 for m in members)
-            state.counts.discarded += sum(m.tokens for m in members)
-            actions.append(DropGroup(group_id))
+            state.counts.dropped_stale += _drop(state, group_id, actions)
         elif settings.on_stale == "restart":
             member = _member(state, name)
             state.counts.restarted += 1
             state.counts.discarded += member.tokens
             member.tokens, member.first_version = 0, None
             actions.append(Restart(name))
+
+
+def _drop(state: State, group_id: str, actions: list[Action]) -> int:
+    """How many of its members had tokens."""
+    members = state.groups.pop(group_id)
+    state.unfinished -= sum(m.status != "finished" for m in members)
+    state.counts.discarded += sum(m.tokens for m in members)
+    actions.append(DropGroup(group_id))
+    return sum(m.tokens > 0 for m in members)
 
 
 def _admit(state: State, group_id: str, size: int, actions: list[Action]) -> None:
@@ -296,6 +313,7 @@ def _finish(state: State, name: str, actions: list[Action]) -> None:
     state.running -= 1
     state.unfinished -= 1
     state.counts.finished += member.tokens
+    state.counts.ended += 1
     group_id = name.rpartition("#")[0]
     members = state.groups[group_id]
     if all(m.status == "finished" for m in members):

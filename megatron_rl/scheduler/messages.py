@@ -14,9 +14,13 @@ class Settings:
     retention_bound: int  # sigma, in weight versions
     budget_counts: Literal["generated", "finished"] = "generated"  # the report's prose, or its Algorithm 1
     on_stale: Literal["finish", "restart", "drop_group"] = "finish"
-    policy: Literal["c3po_pp", "synchronous"] = "c3po_pp"
+    policy: Literal["c3po_pp", "synchronous", "count"] = "c3po_pp"
+    groups_per_phase: int = 0  # of policy "count": what ends a phase
+    unfinished: Literal["carry", "discard"] = "carry"  # of policy "count": what becomes of the rest then
 
     def __post_init__(self) -> None:
+        if self.policy == "count" and not 1 <= self.groups_per_phase <= self.pool_capacity // self.group_size:
+            raise ValueError(f"1 <= groups_per_phase <= pool_capacity // group_size does not hold: {self}")
         if self.token_budget < 1 or self.retention_bound < 0 or not 1 <= self.group_size <= self.pool_capacity:
             raise ValueError(f"token_budget >= 1, retention_bound >= 0 and 1 <= group_size <= pool_capacity do not hold: {self}")
 

@@ -221,6 +221,28 @@ def test_synchronous_goes_on_after_a_stop_with_what_is_missing() -> None:
     assert step(state, Finished("a#1"), settings) == [Release("a"), PhaseDone()]
 
 
+COUNT = replace(PAIRS, policy="count", pool_capacity=6, groups_per_phase=2)
+
+
+def test_count_over_samples_and_stops_at_so_many_groups() -> None:
+    state = State()
+    assert step(state, PhaseStarted(0), COUNT) == [WantGroup()] * 3
+    play(state, COUNT, *(GroupOffered(group) for group in "abc"))
+    assert play(state, COUNT, Generated("c#0", 50), Finished("a#0"), Finished("a#1")) == [Release("a")]  # no budget, no refill
+    assert play(state, COUNT, Finished("b#0"), Finished("b#1")) == [Release("b"), StopAll()]
+    assert play(state, COUNT, Interrupted("c#0"), Interrupted("c#1"), Trained(("a", "b"))) == [PhaseDone()]
+    assert step(state, PhaseStarted(1), COUNT) == [Start("c#0"), Start("c#1"), WantGroup(), WantGroup()]
+
+
+def test_count_may_discard_what_it_did_not_wait_for() -> None:
+    settings = replace(COUNT, unfinished="discard")
+    state = started(settings, "a", "b", "c")
+    play(state, settings, *(Finished(f"{group}#{sample}") for group in "ab" for sample in (0, 1)), Generated("c#1", 7))
+    play(state, settings, Interrupted("c#0"), Interrupted("c#1"), Trained(("a", "b")))
+    assert step(state, PhaseStarted(1), settings) == [DropGroup("c"), *[WantGroup()] * 3]
+    assert state.counts.discarded == 7 and state.counts.dropped_stale == 0
+
+
 def test_synchronous_finishes_what_another_policy_left() -> None:
     state = started(PAIRS, "a", "b")
     play(state, PAIRS, Finished("a#0"), Finished("b#0"), GroupOffered("c"), Stop())
@@ -261,14 +283,21 @@ def test_settings_that_hold_no_group_are_refused() -> None:
 
 
 SETTINGS = st.builds(
-    lambda spare, **keys: Settings(pool_capacity=keys["group_size"] + spare, **keys),
+    lambda spare, share, group_size, **keys: Settings(
+        pool_capacity=group_size + spare,
+        group_size=group_size,
+        groups_per_phase=1 + int(share * (spare // group_size)),
+        **keys,
+    ),
     spare=st.integers(0, 9),
+    share=st.floats(0, 1),
     token_budget=st.integers(1, 40),
     group_size=st.integers(1, 4),
     retention_bound=st.integers(0, 3),
     budget_counts=st.sampled_from(["generated", "finished"]),
     on_stale=st.sampled_from(["finish", "restart", "drop_group"]),
-    policy=st.sampled_from(["c3po_pp", "c3po_pp", "synchronous"]),
+    policy=st.sampled_from(["c3po_pp", "c3po_pp", "synchronous", "count"]),
+    unfinished=st.sampled_from(["carry", "discard"]),
 )
 
 
@@ -316,8 +345,9 @@ class Interleavings(RuleBasedStateMachine):
                 self.tokens[name] = []
             case DropGroup(group):
                 members = self.members(group)
-                assert self.settings.on_stale == "drop_group"
-                assert max(self.age(name) for name in members if name not in self.ended) > self.settings.retention_bound
+                if self.settings.policy != "count" or self.settings.unfinished == "carry":
+                    assert self.settings.on_stale == "drop_group"
+                    assert max(self.age(name) for name in members if name not in self.ended) > self.settings.retention_bound
                 self.forget(members)
                 self.dropped.append(group)
             case PhaseDone():
@@ -464,6 +494,8 @@ class Interleavings(RuleBasedStateMachine):
         assert self.released
         if self.settings.policy == "c3po_pp":
             assert spent(self.state, self.settings) >= self.settings.token_budget
+        elif self.settings.policy == "count":
+            assert self.state.counts.released >= self.settings.groups_per_phase
         else:
             assert not self.tokens
 
