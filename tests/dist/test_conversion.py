@@ -80,7 +80,7 @@ def test_a_megatron_checkpoint_of_any_layout_loads_at_any_other(tried: tuple[Pat
 
 def test_an_interrupted_and_then_killed_conversion_is_finished_by_other_ranks(tmp_path: Path, repo_root: Path) -> None:
     source, target, tool = (
-        write_family(tmp_path / "hf", "qwen3_moe", num_hidden_layers=2),
+        write_family(tmp_path / "hf", "qwen3_moe", num_hidden_layers=4),
         tmp_path / "megatron",
         repo_root / "tools/convert.py",
     )
