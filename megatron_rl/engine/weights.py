@@ -52,9 +52,12 @@ class EngineWeights:
         self._taking: list[SglangEngine] = []
         self._sent: set[str] = set()
         self._handed_out: WeakValueDictionary[int, torch.Tensor] = WeakValueDictionary()  # by address
+        self._kept: list[torch.Tensor] = []  # the last push's: new shared memory costs more than what is written into it
+        self._used: list[torch.Tensor] = []  # this push's
 
     def begin(self, manifest: Manifest) -> Intake:
         self._taking, self._sent = list(self._engines.alive), set()
+        self._kept, self._used = self._kept + self._used, []
         refusals = self._each(lambda engine: self._begin(engine, manifest))
         for engine, problems in zip(self._taking, refusals, strict=True):
             if problems:
@@ -63,9 +66,10 @@ class EngineWeights:
         return Intake(dtypes, has_all=all(engine.held.whole for engine in self._taking))
 
     def memory(self, nbytes: int, device: torch.device) -> torch.Tensor:
-        memory = torch.empty(nbytes, dtype=torch.uint8, device=device)
-        if device.type == "cpu" and not self._by_group:
-            memory.share_memory_()
+        fitting = [number for number, kept in enumerate(self._kept) if kept.numel() == nbytes]
+        memory = self._kept.pop(fitting[0]) if fitting else self._new_memory(nbytes, device)
+        if memory.is_shared() and device.type == "cpu":
+            self._used.append(memory)
         self._handed_out[memory.data_ptr()] = memory
         return memory
 
@@ -86,6 +90,11 @@ class EngineWeights:
         if checksums is not None:
             self._verify(checksums)
         self._each(lambda engine: self._end(engine, version))
+        self._kept = []
+
+    def _new_memory(self, nbytes: int, device: torch.device) -> torch.Tensor:
+        memory = torch.empty(nbytes, dtype=torch.uint8, device=device)
+        return memory if device.type != "cpu" or self._by_group else memory.share_memory_()
 
     @property
     def _by_group(self) -> bool:
@@ -173,7 +182,7 @@ class EngineWeights:
         flat = self._handed_out.get(storages.pop()) if len(storages) == 1 else None
         if flat is None:
             sizes = [math.ceil(tensor.nbytes / ALIGN) * ALIGN for _, tensor in bucket]
-            flat = self.memory(sum(sizes), device)
+            flat = self._new_memory(sum(sizes), device)
             views = []
             for (name, tensor), place in zip(bucket, flat.split(sizes), strict=True):
                 views.append((name, place[: tensor.nbytes].view(tensor.dtype).view(tensor.shape)))

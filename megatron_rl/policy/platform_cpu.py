@@ -98,6 +98,8 @@ def _set_rng_state(state: torch.Tensor, *args: Any, **kwargs: Any) -> None:
 
 
 def _redirect_tensors() -> None:
+    with torch.device("meta"):
+        torch.empty(0)  # torch lists the functions that a device context serves when it is first asked, and knows them by identity
     for name in ("tensor", "zeros", "ones", "empty", "full"):  # schedules.py:590, optimizer.py:473, clip_grads.py:90
         setattr(torch, name, _on_cpu(getattr(torch, name)))
     torch.Tensor.cuda = torch.nn.Module.cuda = lambda self, *args, **kwargs: self  # type: ignore[assignment,method-assign]

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,7 @@ def test_a_megatron_checkpoint_of_any_layout_loads_at_any_other(tried: tuple[Pat
 
 def test_an_interrupted_and_then_killed_conversion_is_finished_by_other_ranks(tmp_path: Path, repo_root: Path) -> None:
     source, target, tool = (
-        write_family(tmp_path / "hf", "qwen3_moe", num_hidden_layers=4),
+        write_family(tmp_path / "hf", "qwen3_moe", num_hidden_layers=8),
         tmp_path / "megatron",
         repo_root / "tools/convert.py",
     )
@@ -104,3 +105,21 @@ def test_an_interrupted_and_then_killed_conversion_is_finished_by_other_ranks(tm
     assert not pieces.parent.exists()
     megatron_to_hf(target, tmp_path / "back", None, 2**20)
     assert_same(source, tmp_path / "back")
+
+
+WHOLE_MODEL = """
+import torch
+from tiny_families import tiny_model
+from megatron_rl.config.model import ParallelConfig
+from megatron_rl.policy import MegatronRanks
+from megatron_rl.policy.model import build_chunks
+
+model = tiny_model("bailing_moe_v2")
+MegatronRanks(ParallelConfig(), model)
+(chunk,) = build_chunks(model, ParallelConfig(), torch.device("meta"))
+print({str(parameter.device) for parameter in chunk.parameters()})
+"""
+
+
+def test_the_whole_model_is_laid_out_without_its_memory(torchrun: Callable[..., str]) -> None:
+    assert torchrun(1, WHOLE_MODEL).strip() == "{'meta'}"
