@@ -35,7 +35,8 @@ class EngineConfig(Config):
     threads: PositiveInt = 1  # OpenMP threads of a CPU engine
     stream_interval: PositiveInt = 8  # tokens between two streamed messages of a request
     startup_timeout_s: PositiveFloat = 300.0
-    request_timeout_s: PositiveFloat = 600.0  # without any message from the engine
+    stall_timeout_s: PositiveFloat = 60.0  # of silence, until the engine is asked whether it is well; and to answer that
+    request_timeout_s: PositiveFloat = 600.0  # without any message from an engine that says it is well
     max_restarts: NonNegativeInt = 100  # over the run
     server_args: dict[str, Any] = Field(default_factory=dict)
     sync: SyncConfig = SyncConfig()

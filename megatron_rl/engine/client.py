@@ -4,8 +4,10 @@ All requests of one `generate` call travel in one HTTP request, and the server s
 (`--incremental-streaming-output`), every `--stream-interval` tokens: on few cores HTTP and JSON compete with the model.
 
 Invariants:
-- whatever a server does wrong (refused or broken connection, status, garbage, impossible tokens, silence) is an EngineLost that
-  names the engine and the cause in one line, and `lost` says so from then on; what was yielded before is valid;
+- whatever a server does wrong (refused or broken connection, status, garbage, impossible tokens, silence as watch.py judges it) is
+  an EngineLost that names the engine and the cause in one line, and `lost` says so from then on; what was yielded before is valid;
+- with the first fault all streams of a server end, each with that same EngineLost; an abort is answered within `stall_timeout_s` or
+  is such a fault;
 - tokens, engine log-probs and versions of a Progress are equally many, and a request gets at most `max_new_tokens` in all;
 - a token's version is the one the server stamped on it; an aborted request delivers all it had and ends unfinished.
 """
@@ -18,7 +20,7 @@ import itertools
 import json
 import math
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, closing
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
@@ -26,6 +28,7 @@ import aiohttp
 import orjson
 
 from megatron_rl.config.errors import UserError
+from megatron_rl.engine.watch import GivenUp, Watch
 from megatron_rl.types import EngineLost, FinishReason, GenerateRequest, Manifest, Progress, SamplingParams
 
 CONNECT_TIMEOUT_S = 10.0
@@ -48,12 +51,16 @@ class Held:
 class SglangEngine:
     """Implements `ports.Engine`. One object per server process: a restarted server gets a new one."""
 
-    def __init__(self, name: str, host: str, port: int, api_key: str, vocab_size: int, request_timeout_s: float) -> None:
+    def __init__(
+        self, name: str, host: str, port: int, api_key: str, vocab_size: int, request_timeout_s: float, stall_timeout_s: float
+    ) -> None:
         self.name = name
         self.lost: str | None = None  # the first thing that went wrong
         self.held = Held()
         self.host = host
-        self._port, self._vocab_size, self._request_timeout_s = port, vocab_size, request_timeout_s
+        self._port, self._vocab_size = port, vocab_size
+        self._request_timeout_s, self.stall_timeout_s = request_timeout_s, stall_timeout_s
+        self._watch = Watch(stall_timeout_s, request_timeout_s, self._is_well, self._mark_lost)
         self._headers = {"Authorization": f"Bearer {api_key}", "Content-Type": "application/json"}
         self._serial = itertools.count()
         self._running: dict[str, str] = {}  # rollout id -> request id
@@ -91,7 +98,7 @@ class SglangEngine:
             return
         self._aborted.update(rids)
         bodies = [{"abort_all": True}] if rollout_ids is None else [{"rid": rid} for rid in rids]
-        async with self._session() as session:
+        async with self._session(self.stall_timeout_s) as session:
             await asyncio.gather(*(self._post(session, "/abort_request", body) for body in bodies))
 
     def call(
@@ -130,8 +137,8 @@ class SglangEngine:
         self.call("/generate", {"input_ids": [[0]], "sampling_params": {"max_new_tokens": 1, "temperature": 0.0}}, timeout_s)
         self.call("/freeze_gc", {}, timeout_s)
 
-    def _session(self) -> aiohttp.ClientSession:
-        timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_S, sock_read=self._request_timeout_s)
+    def _session(self, limit_s: float | None = None) -> aiohttp.ClientSession:
+        timeout = aiohttp.ClientTimeout(total=limit_s, sock_connect=CONNECT_TIMEOUT_S)
         return aiohttp.ClientSession(f"http://{self.host}:{self._port}", headers=self._headers, timeout=timeout)
 
     async def _post(self, session: aiohttp.ClientSession, path: str, body: Mapping[str, Any]) -> None:
@@ -146,14 +153,19 @@ class SglangEngine:
         """The server-sent events of one POST, as many at a time as have arrived."""
         rest = b""
         try:
-            async with self._session() as session, session.post(path, data=orjson.dumps(body)) as response:
-                if response.status != 200:
-                    self.lose(f"{path} answered {response.status}: {_shortened(await response.read())}")
-                async for chunk in response.content.iter_any():
-                    *lines, rest = (rest + chunk).split(b"\n\n")
-                    events = [orjson.loads(line.removeprefix(b"data: ")) for line in lines if line != b"data: [DONE]"]
-                    if events:
-                        yield events
+            async with self._watch.stream(), self._session() as session:
+                with closing(await self._watch.wait(session.post(path, data=orjson.dumps(body)))) as response:
+                    if response.status != 200:
+                        content = await self._watch.wait(response.read())
+                        self.lose(f"{path} answered {response.status}: {_shortened(content)}")
+                    while chunk := await self._watch.wait(response.content.readany()):
+                        self._watch.heard()
+                        *lines, rest = (rest + chunk).split(b"\n\n")
+                        events = [orjson.loads(line.removeprefix(b"data: ")) for line in lines if line != b"data: [DONE]"]
+                        if events:
+                            yield events
+        except GivenUp:
+            raise EngineLost(self.lost) from None
         except orjson.JSONDecodeError as error:
             self.lose(f"{path} sent garbage ({error})")
         except (aiohttp.ClientError, OSError) as error:
@@ -170,10 +182,20 @@ class SglangEngine:
         except (KeyError, IndexError, TypeError, ValueError) as error:
             self.lose(f"/generate sent nonsense: {_reason(error)}")
 
+    async def _is_well(self) -> bool:
+        try:
+            async with self._session() as session, session.get("/health") as response:
+                return response.status == 200
+        except (aiohttp.ClientError, OSError):
+            return False
+
     def lose(self, cause: str) -> NoReturn:
-        message = f"{self.name} ({self.host}:{self._port}): {' '.join(cause.split())}"
-        self.lost = self.lost or message
-        raise EngineLost(message)
+        self._mark_lost(cause)
+        raise EngineLost(self.lost)
+
+    def _mark_lost(self, cause: str) -> None:
+        self.lost = self.lost or f"{self.name} ({self.host}:{self._port}): {' '.join(cause.split())}"
+        self._watch.end()
 
 
 class _Stream:
@@ -240,6 +262,8 @@ def _sampling(request: GenerateRequest) -> dict[str, Any]:
 
 
 def _reason(error: BaseException) -> str:
+    if isinstance(error, (aiohttp.ClientPayloadError, aiohttp.ServerDisconnectedError, ConnectionResetError, BrokenPipeError)):
+        return "the connection broke"  # whatever the message was in the middle of
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
 
 

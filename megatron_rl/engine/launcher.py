@@ -13,8 +13,8 @@ import multiprocessing
 import os
 import secrets
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -81,12 +81,15 @@ class SglangEngines:
 
     def _bury(self, names: Sequence[str]) -> None:
         """End what is left of dead servers; each counts as a restart."""
+        limit = self._config.max_restarts
         self._restarts += len(names)
-        if self._restarts > self._config.max_restarts:
-            raise EngineLost(f"{names[0]} died, and engine.max_restarts={self._config.max_restarts} are used up")
+        if self._restarts > limit:
+            raise EngineLost(f"{names[0]} died, and engine.max_restarts={limit} are used up")
         for name in names:
             process, engine = self._servers[name]
-            log.warning("restarting %s: %s", name, engine.lost or f"it ended with {process.exit_code}")
+            if engine.lost is None:  # nobody has met it dead: else whoever lost it has said so
+                log.warning("%s ended with %s", name, process.exit_code)
+            log.info("restarting %s; engine.max_restarts=%d leaves %d", name, limit, limit - self._restarts)
             process.kill()
 
     def sleep(self) -> None:
@@ -95,7 +98,7 @@ class SglangEngines:
             for engine in self.alive:
                 asleep = self._asleep.get(engine.name, ())
                 if tags := [tag for tag in (WEIGHTS, *OTHERS) if tag not in asleep]:
-                    with suppress(EngineLost):  # it is not alive any more, and so `recover`'s
+                    with _reported_if_lost():
                         engine.call("/release_memory_occupation", {"tags": tags})
                         self._asleep[engine.name] = (WEIGHTS, *OTHERS)
 
@@ -103,7 +106,7 @@ class SglangEngines:
         for engine in self.alive:
             asleep = self._asleep.get(engine.name, ())
             if tags := [tag for tag in asleep if tag == WEIGHTS or not for_push]:
-                with suppress(EngineLost):
+                with _reported_if_lost():
                     engine.call("/resume_memory_occupation", {"tags": tags})
                     self._asleep[engine.name] = tuple(tag for tag in asleep if tag not in tags)
 
@@ -150,7 +153,10 @@ class SglangEngines:
             self._run_dir / "engines" / f"{_name(index)}.log",
         )
         host = "127.0.0.1" if config.host == "0.0.0.0" else config.host
-        return process, SglangEngine(_name(index), host, port, self._api_key, self._vocab_size, config.request_timeout_s)
+        engine = SglangEngine(
+            _name(index), host, port, self._api_key, self._vocab_size, config.request_timeout_s, config.stall_timeout_s
+        )
+        return process, engine
 
     def _wait(self, names: Sequence[str]) -> None:
         started = said = time.monotonic()
@@ -182,6 +188,15 @@ class SglangEngines:
 
 def _name(index: int) -> str:
     return f"engine_{index}"
+
+
+@contextmanager
+def _reported_if_lost() -> Iterator[None]:
+    """An engine that is lost in here is not alive any more, and so `recover`'s."""
+    try:
+        yield
+    except EngineLost as error:
+        log.warning("%s", error)
 
 
 def _resolve(device: str) -> str:

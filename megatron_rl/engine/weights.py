@@ -118,7 +118,7 @@ class EngineWeights:
         if held.updating:  # a push that an error ended
             self._ask(engine, "/end_weight_update", {})
             held.whole = False
-        self._ask(engine, "/begin_weight_update", {})
+        self._ask(engine, "/begin_weight_update", {}, engine.stall_timeout_s)  # it has nothing else to do
         held.updating = True
         if held.manifest == manifest:
             return []
@@ -163,8 +163,8 @@ class EngineWeights:
         body = {"serialized_named_tensors": payloads, "load_format": load_format, "flush_cache": False}
         return self._ask(engine, "/update_weights_from_tensor", body)
 
-    def _ask(self, engine: SglangEngine, path: str, body: dict[str, Any]) -> dict[str, Any]:
-        answer: dict[str, Any] = engine.call(path, body, self._timeout_s)
+    def _ask(self, engine: SglangEngine, path: str, body: dict[str, Any], timeout_s: float | None = None) -> dict[str, Any]:
+        answer: dict[str, Any] = engine.call(path, body, timeout_s or self._timeout_s)
         if not answer.get("success"):
             engine.lose(f"{path}: {answer.get('message', answer)}")
         return answer

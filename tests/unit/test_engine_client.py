@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -51,7 +52,13 @@ class Reply:
 
 
 def run(
-    handler: Handler, *, abort: tuple[str, ...] | None = (), timeout_s: float = 5.0
+    handler: Handler,
+    *,
+    abort: tuple[str, ...] | None = (),
+    timeout_s: float = 5.0,
+    stall_s: float = 5.0,
+    is_well: bool = True,
+    takes_aborts: bool = True,
 ) -> tuple[dict[str, list[Progress]], list[Any]]:
     """What each rollout got before the end or the EngineLost (which is re-raised with `.got`), and the bodies of aborts.
     `abort`: rollouts to abort after the first message, None for all."""
@@ -67,19 +74,27 @@ def run(
 
     async def on_abort(request: web.Request) -> web.Response:
         aborts.append(await request.json())
+        if not takes_aborts:
+            await asyncio.sleep(5)
         abort_seen.set()
         return web.Response()
+
+    async def on_health(request: web.Request) -> web.Response:
+        return web.Response(status=200 if is_well else 503)
 
     async def main() -> None:
         app = web.Application()
         app.router.add_post("/generate", generate)
         app.router.add_post("/abort_request", on_abort)
+        app.router.add_get("/health", on_health)
         runner = web.AppRunner(app, shutdown_timeout=0.1)
         await runner.setup()
         site = web.TCPSite(runner, "127.0.0.1", 0)
         await site.start()
         port = runner.addresses[0][1]
-        engine = SglangEngine("engine_3", "127.0.0.1", port, "secret", vocab_size=64, request_timeout_s=timeout_s)
+        engine = SglangEngine(
+            "engine_3", "127.0.0.1", port, "secret", vocab_size=64, request_timeout_s=timeout_s, stall_timeout_s=stall_s
+        )
         try:
             first = True
             async for messages in engine.generate(REQUESTS):
@@ -275,13 +290,103 @@ def test_a_faulty_server_is_an_engine_lost_that_names_the_cause(handler: Handler
     assert [m.tokens for m in got] in ([], [(1,)])  # what came whole before the fault is valid
 
 
+async def _pauses(request: web.Request, body: dict[str, Any], reply: Reply) -> None:
+    await reply.raw(reply.event(0, [1]))
+    await asyncio.sleep(0.7)
+    await reply.raw(reply.event(0, [2]))
+    await asyncio.sleep(0.4)
+    await reply.raw(reply.event(0, [3], "stop") + reply.event(1, [1], "stop"))
+    await reply.done()
+
+
+def test_a_silent_server_that_says_it_is_well_is_waited_for() -> None:
+    got, _ = run(_pauses, stall_s=0.15)
+    assert [m.tokens for m in got["0:a#1"]] == [(1,), (2,), (3,)]
+
+
+def test_a_silent_server_that_does_not_say_it_is_well_is_wedged() -> None:
+    with pytest.raises(EngineLost, match=r"wedged: it sent nothing for engine\.stall_timeout_s=0\.15, and did not answer /health"):
+        run(_is_silent, stall_s=0.15, is_well=False)
+
+
+def test_a_server_that_is_late_and_not_well_but_sends_is_kept() -> None:
+    """What arrives while it is asked counts as an answer."""
+    got, _ = run(_pauses, stall_s=0.5, is_well=False)
+    assert [m.tokens for m in got["0:a#1"]] == [(1,), (2,), (3,)]
+
+
+def test_an_abort_that_is_not_answered_is_an_engine_lost_within_the_limit() -> None:
+    started = time.monotonic()
+    with pytest.raises(EngineLost, match=r"/abort_request: TimeoutError"):
+        run(_is_silent, abort=None, stall_s=0.3, takes_aborts=False)
+    assert time.monotonic() - started < 2
+
+
+@pytest.mark.parametrize("fault", [b"data: {nonsense\n\n", None], ids=["garbage", "abort"])
+def test_the_first_fault_ends_every_stream_of_its_server(fault: bytes | None) -> None:
+    """Each with the same EngineLost, at once, though a server that stands still leaves their sockets open."""
+    second = asyncio.Event()
+    causes: list[str] = []
+
+    async def generate(request: web.Request) -> web.StreamResponse:
+        reply = Reply(request, second)
+        if (await request.json())["rid"][0].startswith("first"):
+            await reply.raw(reply.event(0, [1]))
+            await second.wait()
+            if fault:
+                await reply.raw(fault)
+        second.set()
+        await asyncio.sleep(5)  # without even a status
+        return reply.response
+
+    async def stream(engine: SglangEngine, name: str) -> None:
+        try:
+            async for _ in engine.generate([GenerateRequest(name, (3,), 5, SamplingParams())]):
+                pass
+        except EngineLost as error:
+            causes.append(str(error))
+
+    async def well(request: web.Request) -> web.Response:
+        return web.Response()
+
+    async def silent(request: web.Request) -> web.Response:
+        await asyncio.sleep(5)
+        return web.Response()
+
+    async def main() -> float:
+        app = web.Application()
+        app.router.add_post("/generate", generate)
+        app.router.add_post("/abort_request", silent)
+        app.router.add_get("/health", well)
+        runner = web.AppRunner(app, shutdown_timeout=0.1)
+        await runner.setup()
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        port = runner.addresses[0][1]
+        engine = SglangEngine("engine_3", "127.0.0.1", port, "", vocab_size=64, request_timeout_s=5.0, stall_timeout_s=0.3)
+        streams = [asyncio.create_task(stream(engine, name)) for name in ("first", "second")]
+        await second.wait()
+        started = time.monotonic()
+        if fault is None:
+            with pytest.raises(EngineLost):
+                await engine.abort()
+        await asyncio.gather(*streams)
+        with pytest.raises(EngineLost):  # and it takes no more
+            async for _ in engine.generate(REQUESTS):
+                pass
+        await runner.cleanup()
+        return time.monotonic() - started
+
+    assert asyncio.run(main()) < 2
+    assert len(causes) == 2 and len(set(causes)) == 1
+
+
 def test_a_logprob_that_is_no_number_is_the_policys_fault_not_the_engines() -> None:
     with pytest.raises(UserError, match="training has diverged"):
         run(_has_no_logprob, timeout_s=0.5)
 
 
 def test_a_server_that_is_not_there_is_an_engine_lost() -> None:
-    engine = SglangEngine("engine_0", "127.0.0.1", 1, "secret", vocab_size=64, request_timeout_s=1.0)
+    engine = SglangEngine("engine_0", "127.0.0.1", 1, "secret", vocab_size=64, request_timeout_s=1.0, stall_timeout_s=1.0)
 
     async def generate() -> None:
         async for _ in engine.generate(REQUESTS):
@@ -289,6 +394,6 @@ def test_a_server_that_is_not_there_is_an_engine_lost() -> None:
 
     with pytest.raises(EngineLost, match="engine_0"):
         asyncio.run(generate())
-    with pytest.raises(EngineLost, match="/model_info"):
+    with pytest.raises(EngineLost, match="/generate"):  # the first cause is the one it keeps
         engine.call("/model_info")
     assert not engine.answers()
