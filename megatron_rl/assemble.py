@@ -175,6 +175,7 @@ def rl_parts(config: RlRun, run_dir: Path, core: PolicyParts, stop: StopFlag, st
     from megatron_rl.algorithms.loss import policy_loss
     from megatron_rl.engine.weights import EngineWeights
     from megatron_rl.loops.conductor import Conductor
+    from megatron_rl.loops.journal import Journal
     from megatron_rl.loops.parts import RlParts
     from megatron_rl.resharding.execute import Resharder
     from megatron_rl.resharding.push import PushToEngines, frozen
@@ -206,9 +207,12 @@ def rl_parts(config: RlRun, run_dir: Path, core: PolicyParts, stop: StopFlag, st
             budget_counts=rollout.budget_counts,
             on_stale=rollout.on_stale,
             policy=rollout.scheduler,
+            groups_per_phase=rollout.groups_per_phase or 0,
+            unfinished=rollout.unfinished,
         )
         stream = PromptStream(prompts, config.run.seed, config.data.shuffle)
-        conductor = Conductor(settings, sampling, engines, rewards, stream, stop, runner, rollout.timeout_s)
+        journal = Journal(run_dir / "journal")
+        conductor = Conductor(settings, sampling, engines, rewards, stream, journal, stop, runner, rollout.timeout_s)
         if config.data.eval:
             held_out = evaluation_prompts(config, tokenizer, rollout.max_prompt_tokens)
             evaluator = Evaluator(config.eval, held_out, sampling, engines, rewards, tokenizer.encode, tokenizer.decode, runner)

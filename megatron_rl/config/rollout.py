@@ -45,7 +45,9 @@ class EngineConfig(Config):
 class RolloutConfig(Config):
     """C3PO++ (arXiv 2510.18855, Algorithm 1)."""
 
-    scheduler: Literal["c3po_pp", "synchronous"] = "c3po_pp"
+    scheduler: Literal["c3po_pp", "synchronous", "count"] = "c3po_pp"
+    groups_per_phase: PositiveInt | None = None  # of scheduler=count, and needed there: finished groups that end a phase
+    unfinished: Literal["carry", "discard"] = "carry"  # of scheduler=count: what becomes of the others
     token_budget: PositiveInt  # Phi: generated tokens per rollout phase
     budget_counts: Literal["generated", "finished"] = "generated"
     pool_capacity: PositiveInt  # Omega: unfinished rollouts, running or carried
@@ -63,6 +65,11 @@ class RolloutConfig(Config):
     def _pool(self) -> Self:
         if self.pool_capacity < self.group_size:
             raise ValueError(f"pool_capacity={self.pool_capacity} holds no group of group_size={self.group_size}")
+        if self.scheduler == "count" and not 1 <= (self.groups_per_phase or 0) <= self.pool_capacity // self.group_size:
+            raise ValueError(
+                f"groups_per_phase={self.groups_per_phase}: scheduler=count needs a number of groups that the pool holds, "
+                f"at most pool_capacity // group_size = {self.pool_capacity // self.group_size}"
+            )
         if self.top_k == 0:
             raise ValueError("top_k=0 leaves no token to sample; -1 means the whole vocabulary")
         return self

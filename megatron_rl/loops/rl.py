@@ -137,14 +137,18 @@ def save(parts: RlParts, step: int) -> None:
     """*Collective*: all that the run needs to go on from here, in one commit."""
     hand_device_to_policy(parts)
     parts.store.save(step, parts.conductor.state_dict() if parts.conductor else {})
+    if parts.conductor:
+        parts.conductor.checkpointed(step)
 
 
 def restore(parts: RlParts) -> int:
     """*Collective*: the newest checkpoint's step, or 0 in a fresh run; what later steps had logged is forgotten."""
     restored = parts.store.restore()
     step, state = restored if restored else (0, None)
-    if parts.conductor and state is not None:
-        parts.conductor.load_state_dict(state)
+    if parts.conductor:
+        if state is not None:
+            parts.conductor.load_state_dict(state)
+        parts.conductor.restarted(step)
     parts.tracker.rewind(step)
     return step
 

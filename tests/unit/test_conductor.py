@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import json
+import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 from fakes import CountedPrompts, ParityRewards, ScriptedEngine, ScriptedEngines, length_of
 
 from megatron_rl.config import UserError
 from megatron_rl.loops.conductor import Conductor, Phase
+from megatron_rl.loops.journal import Journal
 from megatron_rl.loops.signals import StopFlag
 from megatron_rl.scheduler.c3po_pp import Settings
 from megatron_rl.types import SamplingParams
@@ -25,10 +29,19 @@ def runner() -> Iterator[asyncio.Runner]:
         yield runner
 
 
-def conductor(runner: asyncio.Runner, engines: ScriptedEngines, **settings: object) -> Conductor:
+def conductor(
+    runner: asyncio.Runner, engines: ScriptedEngines, folder: Path | None = None, saved: Any = None, **settings: object
+) -> Conductor:
     values = {"token_budget": BUDGET, "pool_capacity": POOL, "group_size": GROUP, "retention_bound": 100, **settings}
     sampling = SamplingParams(max_response_tokens=64)
-    return Conductor(Settings(**values), sampling, engines, ParityRewards(), CountedPrompts(), StopFlag(), runner, timeout_s=20)
+    journal = Journal(folder or Path(tempfile.mkdtemp()))
+    c = Conductor(
+        Settings(**values), sampling, engines, ParityRewards(), CountedPrompts(), journal, StopFlag(), runner, timeout_s=20
+    )
+    if saved is not None:
+        c.load_state_dict(saved)
+    c.restarted(0)
+    return c
 
 
 def two_engines() -> ScriptedEngines:
@@ -58,12 +71,12 @@ def test_every_prompt_is_handed_out_once_over_many_phases(runner: asyncio.Runner
         phase = c.phase(version)
         assert phase.status == "done"
         check_groups(phase)
-        assert len(c.rollouts) <= POOL + POOL * (GROUP - 1)  # unfinished ones and finished siblings that wait for them
+        assert len(c.pool.rollouts) <= POOL + POOL * (GROUP - 1)  # unfinished ones and finished siblings that wait for them
         carried += phase.metrics["rollout/carried"] > 0
         seen += [group.prompt.id for group in phase.groups]
-    open_prompts = {rollout.prompt.id for rollout in c.rollouts.values()}
+    open_prompts = {rollout.prompt.id for rollout in c.pool.rollouts.values()}
     assert len(seen) == len(set(seen))
-    assert set(seen) | open_prompts == {f"p{i}" for i in range(c.prompts.next)}  # type: ignore[attr-defined]
+    assert set(seen) | open_prompts == {f"p{i}" for i in range(c.pool.prompts.next)}  # type: ignore[attr-defined]
     assert carried > 15
 
 
@@ -95,7 +108,7 @@ def test_a_rollout_that_is_cut_at_its_very_end_is_finished(runner: asyncio.Runne
     for engine in engines.engines:
         engine.hides_ends, engine.length = True, lambda rollout_id: 7 if rollout_id.endswith("#0") else 64
     c = conductor(runner, engines)
-    c.sampling = replace(c.sampling, stop_token_ids=(6,))
+    c.pool.sampling = replace(c.pool.sampling, stop_token_ids=(6,))
     phase = c.phase(0)
     assert phase.groups
     for group in phase.groups:
@@ -160,15 +173,15 @@ def test_a_stopped_and_restored_conductor_loses_nothing(runner: asyncio.Runner) 
         phase = other.phase(version)
         check_groups(phase)
         seen += [group.prompt.id for group in phase.groups]
-    open_prompts = {rollout.prompt.id for rollout in other.rollouts.values()}
+    open_prompts = {rollout.prompt.id for rollout in other.pool.rollouts.values()}
     assert len(seen) == len(set(seen))
-    assert set(seen) | open_prompts == {f"p{i}" for i in range(other.prompts.next)}  # type: ignore[attr-defined]
+    assert set(seen) | open_prompts == {f"p{i}" for i in range(other.pool.prompts.next)}  # type: ignore[attr-defined]
 
 
 def test_a_train_budget_leaves_whole_groups_for_the_next_step(runner: asyncio.Runner) -> None:
     c = conductor(runner, two_engines(), token_budget=400)
     first = c.phase(0, train_token_budget=30)
-    waiting = [group.id for group in c.scored]
+    waiting = [group.id for group in c.pool.scored]
     assert sum(len(r.tokens) for g in first.groups[:-1] for r in g.rollouts) < 30
     assert waiting
     assert c.phase(1, train_token_budget=30).groups[0].id == waiting[0]

@@ -27,7 +27,7 @@ if [ "$1" = show ]; then echo head-node; echo other-node; else echo "scontrol $*
 RANKS = """#!/usr/bin/env bash
 # Stands for the interpreter: says what it was asked to run, and on SIGTERM takes a moment to save.
 trap 'sleep 0.5; echo "node $NODE_RANK saved"; exit 0' TERM
-printf '%s|' "node $NODE_RANK up" "$@"; echo
+printf '%s\\n' "$(printf '%s|' "node $NODE_RANK up" "$@")"  # in one piece: two nodes write to the same log
 for _ in $(seq 300); do sleep 0.1; done
 exit 7
 """
