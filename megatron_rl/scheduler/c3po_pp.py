@@ -14,9 +14,13 @@ Two baselines are policies of the same machine. "synchronous": pool_capacity // 
 "count" over-samples: the pool is filled at the start of a phase, which ends when groups_per_phase are complete (DAPO's and slime's
 way); the rest is carried, or dropped and offered again.
 
+Under dynamic sampling (DAPO, arXiv 2503.14476, section 3.2) a group without a gradient leaves the training pool when it is judged, no
+phase ends on its account, and it makes room for another.
+
 Invariants (tests/property/test_c3po_pp.py):
 - conservation: each member of each offered group is in the pool, waits finished for its siblings, is in the training pool, or has
-  been trained, exactly one of these; a dropped group has left whole and may be offered again; nothing is trained twice;
+  been trained or judged useless, exactly one of these; a dropped group has left whole and may be offered again; nothing is trained
+  twice;
 - capacity: the pool and what it has asked for never exceed pool_capacity;
 - accounting: the budget's count is the sum of what was generated (or finished) in the phase, to the token;
 - ageing: retention is version - version at the first token; what has no token does not age;
@@ -39,6 +43,7 @@ from megatron_rl.scheduler.messages import (
     Generated,
     GroupOffered,
     Interrupted,
+    Judged,
     PhaseDone,
     PhaseStarted,
     Release,
@@ -60,6 +65,7 @@ __all__ = [
     "Generated",
     "GroupOffered",
     "Interrupted",
+    "Judged",
     "PhaseDone",
     "PhaseStarted",
     "Release",
@@ -94,7 +100,9 @@ class Counts:
     generated: int = 0  # tokens
     finished: int = 0  # tokens of the rollouts that finished, earlier phases' share included
     ended: int = 0  # rollouts that finished
-    released: int = 0  # groups
+    released: int = 0  # groups, without those found to carry no gradient
+    unjudged: int = 0  # of the released, under dynamic sampling
+    useless: int = 0  # groups found to carry no gradient, under dynamic sampling
     resumed: int = 0  # rollouts that went on from an earlier phase's tokens
     restarted: int = 0  # rollouts
     dropped_stale: int = 0  # rollouts with tokens, of groups dropped for a stale member
@@ -152,7 +160,7 @@ def step(state: State, event: Event, settings: Settings) -> list[Action]:
             member.tokens += tokens
             state.counts.generated += tokens
         case Finished(name):
-            _finish(state, name, actions)
+            _finish(state, name, settings, actions)
         case Interrupted(name):
             _running(state, name).status = "waiting"
             state.running -= 1
@@ -165,6 +173,8 @@ def step(state: State, event: Event, settings: Settings) -> list[Action]:
         case Stop():
             if state.phase == "running":
                 _stop(state, actions)
+        case Judged(group_id, useful):
+            _judge(state, group_id, useful, settings.group_size)
         case Trained(group_ids):
             for group_id in group_ids:
                 if group_id not in state.training_pool:
@@ -199,6 +209,7 @@ def metrics(state: State, settings: Settings) -> dict[str, float]:
         "generated_tokens": counts.generated,
         "finished_tokens": counts.finished,
         "released_groups": counts.released,
+        "useless_groups": counts.useless,
         "budget_overshoot": max(0, spent(state, settings) - settings.token_budget) if settings.policy == "c3po_pp" else 0,
         "pool_occupancy": len(unfinished),
         "carried": sum(m.tokens > 0 for m in unfinished),
@@ -214,11 +225,12 @@ def metrics(state: State, settings: Settings) -> dict[str, float]:
 
 
 def _complete(state: State, settings: Settings) -> bool:
+    useful = state.counts.released - state.counts.unjudged
     if settings.policy == "synchronous":
-        return not state.groups and state.counts.released >= settings.pool_capacity // settings.group_size
+        return not state.groups and useful >= settings.pool_capacity // settings.group_size
     if settings.policy == "count":
-        return state.counts.released >= settings.groups_per_phase
-    return spent(state, settings) >= settings.token_budget and bool(state.training_pool)
+        return useful >= settings.groups_per_phase
+    return spent(state, settings) >= settings.token_budget and len(state.training_pool) > state.counts.unjudged
 
 
 def _refill(state: State, settings: Settings, actions: list[Action]) -> None:
@@ -235,7 +247,7 @@ def _has_room(state: State, settings: Settings) -> bool:
         return state.unfinished + state.counts.ended + (state.wants + 1) * settings.group_size <= settings.pool_capacity
     if settings.policy == "synchronous":
         return underway + state.counts.released < settings.pool_capacity // settings.group_size
-    return spent(state, settings) < settings.token_budget or underway == 0
+    return spent(state, settings) < settings.token_budget or underway + state.counts.unjudged == 0
 
 
 def _stop(state: State, actions: list[Action]) -> None:
@@ -307,7 +319,7 @@ def _start(state: State, name: str, actions: list[Action]) -> None:
     actions.append(Start(name))
 
 
-def _finish(state: State, name: str, actions: list[Action]) -> None:
+def _finish(state: State, name: str, settings: Settings, actions: list[Action]) -> None:
     member = _running(state, name)
     member.status = "finished"
     state.running -= 1
@@ -320,7 +332,19 @@ def _finish(state: State, name: str, actions: list[Action]) -> None:
         del state.groups[group_id]
         state.training_pool[group_id] = [state.version - _retention(state, m) for m in members]
         state.counts.released += 1
+        state.counts.unjudged += settings.dynamic_sampling
         actions.append(Release(group_id))
+
+
+def _judge(state: State, group_id: str, useful: bool, size: int) -> None:
+    if group_id not in state.training_pool or not state.counts.unjudged:
+        raise ValueError(f"group {group_id} was judged, but it does not wait for that")
+    state.counts.unjudged -= 1
+    if not useful:
+        del state.training_pool[group_id]
+        state.counts.released -= 1
+        state.counts.useless += 1
+        state.counts.ended -= size
 
 
 def _retention(state: State, member: Member) -> int:

@@ -18,6 +18,8 @@ class Settings:
     groups_per_phase: int = 0  # of policy "count": what ends a phase
     unfinished: Literal["carry", "discard"] = "carry"  # of policy "count": what becomes of the rest then
 
+    dynamic_sampling: bool = False  # every released group is Judged, and one without a gradient counts for nothing (DAPO)
+
     def __post_init__(self) -> None:
         if self.policy == "count" and not 1 <= self.groups_per_phase <= self.pool_capacity // self.group_size:
             raise ValueError(f"1 <= groups_per_phase <= pool_capacity // group_size does not hold: {self}")
@@ -72,13 +74,21 @@ class Stop:
 
 
 @dataclass(frozen=True, slots=True)
+class Judged:
+    """Under dynamic sampling, once for every group released: whether it carries a gradient. If not it is gone."""
+
+    group_id: str
+    useful: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Trained:
-    """These groups have left the training pool for good: trained, or judged to carry no gradient."""
+    """These groups have left the training pool for good: trained, or of no use for it."""
 
     group_ids: tuple[str, ...]
 
 
-Event = PhaseStarted | GroupOffered | Generated | Finished | Interrupted | Stop | Trained
+Event = PhaseStarted | GroupOffered | Generated | Finished | Interrupted | Stop | Judged | Trained
 
 
 # Actions: what the driver does, in order.

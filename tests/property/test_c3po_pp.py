@@ -18,6 +18,7 @@ from megatron_rl.scheduler.c3po_pp import (
     Generated,
     GroupOffered,
     Interrupted,
+    Judged,
     PhaseDone,
     PhaseStarted,
     Release,
@@ -70,6 +71,7 @@ def test_the_budget_ends_a_phase_and_the_rest_is_carried_oldest_first() -> None:
         "rollout/generated_tokens": 12.0,  # 2 + 3 + 5 + 2
         "rollout/finished_tokens": 5.0,
         "rollout/released_groups": 1.0,
+        "rollout/useless_groups": 0.0,
         "rollout/budget_overshoot": 2.0,
         "rollout/pool_occupancy": 2.0,
         "rollout/carried": 1.0,  # b#0 has no token yet
@@ -243,6 +245,35 @@ def test_count_may_discard_what_it_did_not_wait_for() -> None:
     assert state.counts.discarded == 7 and state.counts.dropped_stale == 0
 
 
+DYNAMIC = replace(PAIRS, dynamic_sampling=True)
+
+
+def test_a_useless_group_ends_no_phase_and_makes_room_for_another() -> None:
+    settings = replace(COUNT, dynamic_sampling=True)
+    state = started(settings, "a", "b", "c")
+    play(state, settings, *(Finished(f"{group}#{sample}") for group in "ab" for sample in (0, 1)))
+    assert state.phase == "running"  # two are complete, none is judged
+    assert step(state, Judged("a", False), settings) == [WantGroup()]
+    assert step(state, Judged("b", True), settings) == []
+    assert play(state, settings, Finished("c#0"), Finished("c#1"), Judged("c", True)) == [Release("c"), PhaseDone()]
+    assert list(state.training_pool) == ["b", "c"] and metrics(state, settings)["rollout/useless_groups"] == 1.0
+
+
+def test_a_spent_budget_waits_for_a_useful_group() -> None:
+    state = started(DYNAMIC, "a", "b")
+    play(state, DYNAMIC, Generated("a#0", 50), Finished("a#0"), Finished("a#1"))
+    assert state.phase == "running"
+    assert play(state, DYNAMIC, Judged("a", False), Finished("b#0"), Finished("b#1")) == [Release("b")]
+    assert step(state, Judged("b", True), DYNAMIC) == [PhaseDone()]
+
+
+def test_a_group_is_judged_once() -> None:
+    state = started(DYNAMIC, "a", "b")
+    play(state, DYNAMIC, Finished("a#0"), Finished("a#1"), Judged("a", True))
+    with pytest.raises(ValueError, match="a was judged, but"):
+        step(state, Judged("a", True), DYNAMIC)
+
+
 def test_synchronous_finishes_what_another_policy_left() -> None:
     state = started(PAIRS, "a", "b")
     play(state, PAIRS, Finished("a#0"), Finished("b#0"), GroupOffered("c"), Stop())
@@ -298,6 +329,7 @@ SETTINGS = st.builds(
     on_stale=st.sampled_from(["finish", "restart", "drop_group"]),
     policy=st.sampled_from(["c3po_pp", "c3po_pp", "synchronous", "count"]),
     unfinished=st.sampled_from(["carry", "discard"]),
+    dynamic_sampling=st.booleans(),
 )
 
 
@@ -312,6 +344,8 @@ class Interleavings(RuleBasedStateMachine):
         self.ended: set[str] = set()  # finished, group not released
         self.released: list[str] = []
         self.trained: list[str] = []
+        self.unjudged: list[str] = []
+        self.useless: list[str] = []
         self.dropped: deque[str] = deque()
         self.offered = self.wants = 0
         self.version, self.in_phase = -1, False
@@ -340,6 +374,8 @@ class Interleavings(RuleBasedStateMachine):
                 assert set(members) <= self.ended and group not in self.released and group not in self.trained
                 self.forget(members)
                 self.released.append(group)
+                if self.settings.dynamic_sampling:
+                    self.unjudged.append(group)
             case Restart(name):
                 assert self.settings.on_stale == "restart" and self.age(name) > self.settings.retention_bound
                 self.tokens[name] = []
@@ -374,7 +410,7 @@ class Interleavings(RuleBasedStateMachine):
             if self.settings.on_stale != "finish":
                 assert self.age(name) <= self.settings.retention_bound
 
-    @precondition(lambda self: not self.in_phase)
+    @precondition(lambda self: not self.in_phase and not self.unjudged)
     @rule(newer=st.integers(1, 2))
     def next_version(self, newer: int) -> None:
         self.start_phase(self.version + newer)
@@ -439,7 +475,19 @@ class Interleavings(RuleBasedStateMachine):
             self.send(Interrupted(name))
         assert not self.in_phase
 
-    @precondition(lambda self: self.released)
+    @precondition(lambda self: self.unjudged)
+    @rule(data=st.data(), useful=st.booleans())
+    def judge(self, data: st.DataObject, useful: bool) -> None:
+        self.judged(data.draw(st.sampled_from(self.unjudged)), useful)
+
+    def judged(self, group: str, useful: bool) -> None:
+        self.unjudged.remove(group)
+        if not useful:
+            self.released.remove(group)
+            self.useless.append(group)
+        self.send(Judged(group, useful))
+
+    @precondition(lambda self: self.released and not self.unjudged)
     @rule(data=st.data())
     def train(self, data: st.DataObject) -> None:
         groups = data.draw(st.lists(st.sampled_from(self.released), unique=True, min_size=1))
@@ -453,7 +501,7 @@ class Interleavings(RuleBasedStateMachine):
         assert here == list(self.tokens) or sorted(here) == sorted(self.tokens)
         assert list(self.state.training_pool) == self.released
         assert len(set(self.trained)) == len(self.trained)
-        groups = len(self.state.groups) + len(self.released) + len(self.trained) + len(self.dropped)
+        groups = len(self.state.groups) + len(self.released) + len(self.trained) + len(self.dropped) + len(self.useless)
         assert groups == self.offered
 
     @invariant()
@@ -488,6 +536,8 @@ class Interleavings(RuleBasedStateMachine):
 
         while self.in_phase:
             self.advance()
+        while self.unjudged:
+            self.judged(self.unjudged[0], useful=True)
         self.start_phase(self.version + 1)
         while self.in_phase:
             self.advance()
@@ -502,6 +552,9 @@ class Interleavings(RuleBasedStateMachine):
     def advance(self) -> None:
         while self.wants:
             self.offer()
+        if self.unjudged:
+            self.judged(self.unjudged[0], useful=True)
+            return
         assert self.running, "a phase that nothing can end"
         name = min(self.running)
         self.tokens[name].append(self.version)
