@@ -32,7 +32,9 @@ from megatron_rl.observability.summary import read_rows, rl_summary
 from megatron_rl.observability.tracker import EVALUATIONS, METRICS, NullTracker, RunTracker
 from megatron_rl.ports import Tracker, WeightSink
 from megatron_rl.rewards.pool import RewardPool
-from megatron_rl.types import Prompt, SamplingParams
+from megatron_rl.scheduler.messages import Settings
+from megatron_rl.scheduler.outlook import outlook
+from megatron_rl.types import Group, Prompt, SamplingParams
 
 if TYPE_CHECKING:
     from megatron_rl.checkpoint.store import CheckpointStore
@@ -174,13 +176,13 @@ def policy_parts(config: RlRun | SftRun, run_dir: Path, stack: ExitStack) -> Pol
 def rl_parts(config: RlRun, run_dir: Path, core: PolicyParts, stop: StopFlag, stack: ExitStack) -> RlParts:
     from megatron_rl.algorithms.loss import policy_loss
     from megatron_rl.engine.weights import EngineWeights
+    from megatron_rl.loops.batches import usable_groups
     from megatron_rl.loops.conductor import Conductor
     from megatron_rl.loops.journal import Journal
     from megatron_rl.loops.parts import RlParts
     from megatron_rl.resharding.execute import Resharder
     from megatron_rl.resharding.push import PushToEngines, frozen
     from megatron_rl.resharding.quantizing import QuantizingSink
-    from megatron_rl.scheduler.messages import Settings
 
     rollout, algorithm = config.rollout, config.algorithm
     conductor = engines = evaluator = None
@@ -209,10 +211,17 @@ def rl_parts(config: RlRun, run_dir: Path, core: PolicyParts, stop: StopFlag, st
             policy=rollout.scheduler,
             groups_per_phase=rollout.groups_per_phase or 0,
             unfinished=rollout.unfinished,
+            dynamic_sampling=algorithm.zero_variance == "resample",
         )
         stream = PromptStream(prompts, config.run.seed, config.data.shuffle)
         journal = Journal(run_dir / "journal")
-        conductor = Conductor(settings, sampling, engines, rewards, stream, journal, stop, runner, rollout.timeout_s)
+        tell_outlook(settings, config)
+
+        def is_useful(group: Group) -> bool:
+            failed, advantage = config.reward.exclude_failed, algorithm.advantage
+            return bool(usable_groups([group], advantage=advantage, zero_variance="drop", exclude_failed=failed))
+
+        conductor = Conductor(settings, sampling, engines, rewards, stream, journal, stop, runner, rollout.timeout_s, is_useful)
         if config.data.eval:
             held_out = evaluation_prompts(config, tokenizer, rollout.max_prompt_tokens)
             evaluator = Evaluator(config.eval, held_out, sampling, engines, rewards, tokenizer.encode, tokenizer.decode, runner)
@@ -248,6 +257,15 @@ def rl_parts(config: RlRun, run_dir: Path, core: PolicyParts, stop: StopFlag, st
         engines=engines,
         evaluator=evaluator,
     )
+
+
+def tell_outlook(settings: Settings, config: RlRun) -> None:
+    rollout, engine = config.rollout, config.engine
+    kv_tokens = engine.max_total_tokens and engine.max_total_tokens * engine.count
+    line, warnings = outlook(settings, rollout.max_prompt_tokens, rollout.max_response_tokens, kv_tokens)
+    log.info("%s", line)
+    for warning in warnings:
+        log.warning("%s", warning)
 
 
 def evaluation_prompts(config: RlRun | EvalRun, tokenizer: Tokenizer, max_prompt_tokens: int) -> tuple[Prompt, ...]:

@@ -25,7 +25,8 @@ class CorrectionConfig(Config):
 
 class AlgorithmConfig(Config):
     advantage: Literal["grpo", "dr_grpo", "rloo", "reinforce"] = "grpo"
-    zero_variance: Literal["keep", "drop"] = "drop"  # groups whose rewards are all equal carry no gradient
+    # Groups whose rewards are all equal carry no gradient. resample: they count for no phase's end, and others take their place (DAPO).
+    zero_variance: Literal["keep", "drop", "resample"] = "drop"
     correction: CorrectionConfig = CorrectionConfig()
     clip_low: PositiveFloat = 0.2
     clip_high: PositiveFloat = 0.2
@@ -33,6 +34,7 @@ class AlgorithmConfig(Config):
     entropy_weight: NonNegativeFloat = 0.0  # enters the loss as -entropy_weight * H
     aggregation: Literal["token_budget", "token", "sequence"] = "sequence"
     train_token_budget: PositiveInt | None = None  # C3PO's Phi on the training side, over all replicas; with token_budget
+    train_overflow: Literal["carry", "discard"] = "carry"  # finished groups beyond that budget: to the next step, or given up
     old_logprobs: Literal["recompute", "reuse"] = "recompute"  # reuse: the update's own forward, exact while strictly on-policy
     updates_per_step: PositiveInt = 1
 

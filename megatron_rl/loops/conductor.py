@@ -13,13 +13,13 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from megatron_rl.loops.dispatch import Dispatch
 from megatron_rl.loops.journal import Journal
-from megatron_rl.loops.pool import Began, Cut, Entry, Pool, Scored, Stopped, Streamed, Taken
+from megatron_rl.loops.pool import Began, Cut, Entry, Overflow, Pool, Scored, Stopped, Streamed, Taken
 from megatron_rl.loops.signals import StopFlag
 from megatron_rl.ports import Engine, Engines, Prompts, Rewards
 from megatron_rl.scheduler import c3po_pp as sched
@@ -36,6 +36,7 @@ class Phase:
 
     status: Literal["done", "no_engine", "stopped"]
     groups: tuple[Group, ...] = ()
+    useless: tuple[Group, ...] = ()  # of dynamic sampling
     metrics: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -51,16 +52,18 @@ class Conductor:
         stop: StopFlag,
         runner: asyncio.Runner,
         timeout_s: float,
+        is_useful: Callable[[Group], bool],
     ) -> None:
-        self.pool = Pool(settings, sampling, prompts)
+        self.pool = Pool(settings, sampling, prompts, is_useful)
         self.engines, self.rewards, self.journal = engines, rewards, journal
         self.stop, self.runner, self.timeout_s = stop, runner, timeout_s
         self.dispatch = Dispatch()
         self._recorded: deque[Entry] = deque()  # of the journal, not entered yet
 
-    def phase(self, version: int, train_token_budget: int | None = None) -> Phase:
+    def phase(self, version: int, train_token_budget: int | None = None, overflow: Overflow = "carry") -> Phase:
         """Generate with weights `version` until the scheduler ends the phase; hand out finished groups, at most about
-        `train_token_budget` response tokens of them (the rest stays for the next step). Raises TimeoutError."""
+        `train_token_budget` response tokens of them (`overflow`: the rest waits for the next step, or is given up). Raises
+        TimeoutError."""
         started = time.monotonic()
         recorded = self._replay(version)
         if recorded is None:
@@ -68,20 +71,22 @@ class Conductor:
             status = self.runner.run(self._limited(work, version))
             if status != "done":
                 return Phase(status)
-            groups, idle = self.pool.next_groups(train_token_budget), work.idle_fraction
+            taken, idle = self.pool.next_groups(train_token_budget, overflow), work.idle_fraction
         else:
-            groups, idle = tuple(self.pool.scored[: recorded.count]), 0.0
-        metrics = sched.metrics(self.pool.state, self.pool.settings) | {
+            taken, idle = recorded, 0.0
+        groups, useless = tuple(self.pool.scored[: taken.count]), tuple(self.pool.useless)
+        metrics = self.pool.metrics() | {
+            "rollout/given_up_groups": float(taken.given_up),
             "time/rollout_s": time.monotonic() - started,
             "rollout/engine_idle_fraction": idle,
             "rollout/from_journal": float(recorded is not None),
         }
         if recorded is None:
-            self.tell(Taken(len(groups)))
+            self.tell(taken)
             self.journal.sync()
         else:
             self.pool.enter(recorded)
-        return Phase("done", groups, metrics)
+        return Phase("done", groups, useless, metrics)
 
     def tell(self, entry: Entry) -> list[sched.Action]:
         self.journal.append(entry)

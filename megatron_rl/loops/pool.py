@@ -13,15 +13,18 @@ from __future__ import annotations
 
 from array import array
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from megatron_rl.config import UserError
 from megatron_rl.loops.serial import from_json, to_json
 from megatron_rl.ports import Prompts
 from megatron_rl.scheduler import c3po_pp as sched
+from megatron_rl.scheduler.outlook import length_metrics
 from megatron_rl.types import FinishReason, Group, Progress, Prompt, Rollout, SamplingParams, Score
+
+MANY, STRETCH = 1000, 4  # rollouts, or poolfuls of them, that the metrics of lengths look back
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,11 +57,13 @@ class Stopped:
 
 @dataclass(frozen=True, slots=True)
 class Taken:
-    """The first so many scored groups go to the update."""
+    """The first so many scored groups go to the update, as many more are given up."""
 
     count: int
+    given_up: int = 0
 
 
+Overflow = Literal["carry", "discard"]  # of scored groups beyond the training budget
 Entry = Began | Streamed | Cut | Scored | Stopped | Taken
 
 
@@ -92,13 +97,20 @@ class Growing:
 
 
 class Pool:
-    def __init__(self, settings: sched.Settings, sampling: SamplingParams, prompts: Prompts) -> None:
-        self.settings, self.sampling, self.prompts = settings, sampling, prompts
+    """`is_useful`, of dynamic sampling: whether a scored group carries a gradient."""
+
+    def __init__(
+        self, settings: sched.Settings, sampling: SamplingParams, prompts: Prompts, is_useful: Callable[[Group], bool]
+    ) -> None:
+        self.settings, self.sampling, self.prompts, self._is_useful = settings, sampling, prompts, is_useful
         self.state = sched.State()
         self.rollouts: dict[str, Growing] = {}  # members of groups that are not complete
         self.unscored: dict[str, tuple[Rollout, ...]] = {}  # complete groups, not judged yet
         self.scored: list[Group] = []  # judged, not taken yet
+        self.useless: list[Group] = []  # of dynamic sampling, since the last update
         self.starting: dict[str, None] = {}  # in order: started by the scheduler, on no engine
+        stretch = max(MANY, STRETCH * settings.pool_capacity)
+        self._ended, self._given_up, self._trained = (deque[int](maxlen=stretch) for _ in range(3))  # tokens, lately
 
     def enter(self, entry: Entry) -> list[sched.Action]:
         """What is left to do outside: StopAll and Release."""
@@ -111,24 +123,31 @@ class Pool:
                 return self._apply([self._cut(name) for name in rollout_ids])
             case Scored(group_id, scores):
                 members = self.unscored.pop(group_id)
-                self.scored.append(Group(group_id, members[0].prompt, members, tuple(scores)))
-                return []
+                return self._judge(Group(group_id, members[0].prompt, members, tuple(scores)))
             case Stopped():
                 return self._apply([sched.Stop()])
-            case Taken(count):
-                taken = tuple(group.id for group in self.scored[:count])
-                del self.scored[:count]
-                return self._apply([sched.Trained(taken)])
+            case Taken(count, given_up):
+                self._trained.extend(len(rollout.tokens) for group in self.scored[:count] for rollout in group.rollouts)
+                gone = tuple(group.id for group in self.scored[: count + given_up])
+                del self.scored[: count + given_up]
+                self.useless.clear()
+                return self._apply([sched.Trained(gone)])
 
-    def next_groups(self, train_token_budget: int | None) -> tuple[Group, ...]:
-        """The first scored ones that have about `train_token_budget` response tokens."""
+    def next_groups(self, train_token_budget: int | None, overflow: Overflow) -> Taken:
+        """The first scored groups that have about `train_token_budget` response tokens."""
         count = tokens = 0
         for group in self.scored:
             if train_token_budget is not None and tokens >= train_token_budget:
                 break
             count += 1
             tokens += sum(len(rollout.tokens) for rollout in group.rollouts)
-        return tuple(self.scored[:count])
+        return Taken(count, given_up=len(self.scored) - count if overflow == "discard" else 0)
+
+    def metrics(self) -> dict[str, float]:
+        """Of the phase just done, before its groups are taken."""
+        growing = [len(each.tokens) for each in self.rollouts.values() if each.finish_reason is None]
+        unended = (*self._given_up, *growing)
+        return sched.metrics(self.state, self.settings) | length_metrics(self.settings, self._ended, unended, self._trained)
 
     @property
     def running(self) -> list[str]:
@@ -181,14 +200,22 @@ class Pool:
                 self.starting[name] = None
             case sched.Restart(name):
                 old = self.rollouts[name]
+                self._given_up.append(len(old.tokens))
                 self.rollouts[name] = Growing(old.prompt, old.sample)
             case sched.DropGroup(group_id):
                 for name in self._members(group_id):
-                    del self.rollouts[name]
+                    growing = self.rollouts.pop(name)
+                    if growing.finish_reason is None:
+                        self._given_up.append(len(growing.tokens))
                 self.prompts.give_back(group_id)
             case sched.Release(group_id):
                 self.unscored[group_id] = tuple(self.rollouts.pop(name).rollout(name) for name in self._members(group_id))
         return []
+
+    def _judge(self, group: Group) -> list[sched.Action]:
+        useful = not self.settings.dynamic_sampling or self._is_useful(group)
+        (self.scored if useful else self.useless).append(group)
+        return self._apply([sched.Judged(group.id, useful)] if self.settings.dynamic_sampling else [])
 
     def _members(self, group_id: str) -> list[str]:
         return [sched.rollout_id(group_id, sample) for sample in range(self.settings.group_size)]
@@ -197,7 +224,10 @@ class Pool:
         self.rollouts[message.rollout_id].extend(message)
         self.starting.pop(message.rollout_id, None)
         events: list[sched.Event] = [sched.Generated(message.rollout_id, len(message.tokens))] if message.tokens else []
-        return [*events, sched.Finished(message.rollout_id)] if message.finish_reason else events
+        if message.finish_reason:
+            self._ended.append(len(self.rollouts[message.rollout_id].tokens))
+            events.append(sched.Finished(message.rollout_id))
+        return events
 
     def _cut(self, name: str) -> sched.Event:
         """It may have been at its end just then: an abort hides that."""
@@ -207,4 +237,5 @@ class Pool:
         if not stopped and len(growing.tokens) < sampling.max_response_tokens:
             return sched.Interrupted(name)
         growing.finish_reason = "stop" if stopped else "length"
+        self._ended.append(len(growing.tokens))
         return sched.Finished(name)

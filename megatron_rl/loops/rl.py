@@ -56,7 +56,7 @@ def train(config: RlRun, parts: RlParts) -> bool:
             aggregation=config.algorithm.aggregation,
             train_token_budget=config.algorithm.train_token_budget,
         )
-        metrics |= dict(phase.metrics) | group_metrics(phase.groups, trained, step)
+        metrics |= dict(phase.metrics) | group_metrics((*phase.groups, *phase.useless), trained, step)
         with timed(metrics, "time/train_s"):
             metrics |= update(config, parts, sequences)
 
@@ -77,7 +77,8 @@ def roll_out(config: RlRun, parts: RlParts, step: int) -> Phase:
     """*Collective*: one rollout phase, however often engines have to be brought back in it."""
     while True:
         hand_device_to_engines(parts)
-        phase = parts.conductor.phase(step, config.algorithm.train_token_budget) if parts.conductor else None
+        algorithm, conductor = config.algorithm, parts.conductor
+        phase = conductor.phase(step, algorithm.train_token_budget, algorithm.train_overflow) if conductor else None
         phase = parts.ranks.broadcast(phase, f"the rollout phase of step {step + 1}")
         if phase.status != "no_engine":
             return phase

@@ -14,8 +14,8 @@ Two baselines are policies of the same machine. "synchronous": pool_capacity // 
 "count" over-samples: the pool is filled at the start of a phase, which ends when groups_per_phase are complete (DAPO's and slime's
 way); the rest is carried, or dropped and offered again.
 
-Under dynamic sampling (DAPO, arXiv 2503.14476, section 3.2) a group without a gradient leaves the training pool when it is judged, no
-phase ends on its account, and it makes room for another.
+Under dynamic sampling (DAPO, arXiv 2503.14476, section 3.2) a group without a gradient leaves the training pool when it is judged,
+no phase ends on its account, and it makes room for another.
 
 Invariants (tests/property/test_c3po_pp.py):
 - conservation: each member of each offered group is in the pool, waits finished for its siblings, is in the training pool, or has

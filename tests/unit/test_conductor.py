@@ -34,10 +34,8 @@ def conductor(
 ) -> Conductor:
     values = {"token_budget": BUDGET, "pool_capacity": POOL, "group_size": GROUP, "retention_bound": 100, **settings}
     sampling = SamplingParams(max_response_tokens=64)
-    journal = Journal(folder or Path(tempfile.mkdtemp()))
-    c = Conductor(
-        Settings(**values), sampling, engines, ParityRewards(), CountedPrompts(), journal, StopFlag(), runner, timeout_s=20
-    )
+    parts = (engines, ParityRewards(), CountedPrompts(), Journal(folder or Path(tempfile.mkdtemp())), StopFlag(), runner)
+    c = Conductor(Settings(**values), sampling, *parts, timeout_s=20, is_useful=lambda group: len(set(group.rewards)) > 1)
     if saved is not None:
         c.load_state_dict(saved)
     c.restarted(0)
@@ -197,3 +195,34 @@ def test_a_phase_beyond_its_limit_says_what_it_waited_for(runner: asyncio.Runner
     c.timeout_s = 0.2
     with pytest.raises(TimeoutError, match=r"phase 0 still waits for 24 rollouts on mute"):
         c.phase(0)
+
+
+def test_what_a_train_budget_leaves_may_be_given_up(runner: asyncio.Runner) -> None:
+    c = conductor(runner, two_engines(), token_budget=400)
+    phase = c.phase(0, train_token_budget=30, overflow="discard")
+    assert phase.metrics["rollout/given_up_groups"] >= 1
+    assert not c.pool.scored and not c.pool.state.training_pool
+
+
+def test_dynamic_sampling_hands_out_useful_groups_alone(runner: asyncio.Runner) -> None:
+    engines = ScriptedEngines(
+        [ScriptedEngine("a", prompt_tokens=2, length=lambda name: 3 if "#" in name and name[3] in "13579" else length_of(name))]
+    )
+    c = conductor(runner, engines, policy="count", groups_per_phase=3, dynamic_sampling=True)
+    useless = 0
+    for version in range(4):
+        phase = c.phase(version)
+        assert len(phase.groups) >= 3 and all(len(set(group.rewards)) > 1 for group in phase.groups)
+        assert all(len(set(group.rewards)) == 1 for group in phase.useless)
+        assert phase.metrics["rollout/useless_groups"] == len(phase.useless)
+        useless += len(phase.useless)
+    assert useless > 0
+
+
+def test_the_lengths_that_are_trained_are_held_against_all(runner: asyncio.Runner) -> None:
+    c = conductor(runner, two_engines(), policy="count", groups_per_phase=1, unfinished="discard")
+    biased = [c.phase(version).metrics for version in range(20)][-1]
+    fair = conductor(runner, two_engines(), policy="synchronous")
+    unbiased = [fair.phase(version).metrics for version in range(20)][-1]
+    assert biased["rollout/length_bias"] < -0.1
+    assert abs(unbiased["rollout/length_bias"]) < 0.02
