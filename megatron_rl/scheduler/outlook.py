@@ -1,7 +1,7 @@
 """What to expect of a schedule before it runs, and what the lengths seen so far say of it. Pure.
 
-In a steady state a pool of Omega rollouts shares a budget of Phi tokens a phase: each grows by about Phi / Omega tokens a phase, and to
-(sigma + 1) Phi / Omega before its first token is more than sigma versions old.
+In a steady state a pool of Omega rollouts shares a budget of Phi tokens a phase: each grows by about Phi / Omega tokens a phase, and
+to (sigma + 1) Phi / Omega before its first token is more than sigma versions old.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ def outlook(settings: Settings, max_prompt_tokens: int, max_response_tokens: int
     growth = settings.token_budget / settings.pool_capacity
     held = settings.pool_capacity * (max_prompt_tokens + max_response_tokens / 2)
     line = (
-        f"C3PO++: {settings.token_budget:,} tokens a phase for a pool of {settings.pool_capacity:,}: a rollout grows by about {growth:,.0f} "
-        f"tokens a phase, the longest takes {max_response_tokens / growth:,.1f} phases, retention_bound={settings.retention_bound}; "
-        f"the pool holds at most about {held:,.0f} tokens"
+        f"C3PO++: {settings.token_budget:,} tokens a phase for a pool of {settings.pool_capacity:,}: a rollout grows by about "
+        f"{growth:,.0f} tokens a phase, the longest takes {max_response_tokens / growth:,.1f} phases, "
+        f"retention_bound={settings.retention_bound}; the pool holds at most about {held:,.0f} tokens"
     )
     line += f" of the engines' {kv_tokens:,}" if kv_tokens else ""
     warnings = []
     if kv_tokens and held > kv_tokens:
         warnings.append(
-            f"rollout.pool_capacity={settings.pool_capacity}: long rollouts may need {held:,.0f} tokens of KV cache, and the engines "
-            f"have {kv_tokens:,}; what does not fit waits or is computed again"
+            f"rollout.pool_capacity={settings.pool_capacity}: long rollouts may need {held:,.0f} tokens of KV cache, and the "
+            f"engines have {kv_tokens:,}; what does not fit waits or is computed again"
         )
     if longest_fresh(settings) < max_response_tokens:
         fate = {
-            "finish": "go on, with tokens older than that",
+            "finish": "go on with older tokens",
             "restart": "begin again",
             "drop_group": "are dropped with their group",
         }
