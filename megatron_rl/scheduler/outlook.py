@@ -1,7 +1,7 @@
 """What to expect of a schedule before it runs, and what the lengths seen so far say of it. Pure.
 
-In a steady state a pool of Omega rollouts shares a budget of Phi tokens a phase: each grows by about Phi / Omega tokens a phase, and
-to (sigma + 1) Phi / Omega before its first token is more than sigma versions old.
+In a steady state a pool of Omega rollouts shares a budget of Phi tokens a phase: each grows by about Phi / Omega tokens a phase,
+and to (sigma + 1) Phi / Omega before its first token is more than sigma versions old.
 """
 
 from __future__ import annotations

@@ -19,7 +19,9 @@ def test_a_roomy_schedule_has_no_warnings() -> None:
     assert warnings == []
 
 
-@pytest.mark.parametrize(("on_stale", "fate"), [("finish", "go on with older tokens"), ("restart", "begin again"), ("drop_group", "are dropped")])
+@pytest.mark.parametrize(
+    ("on_stale", "fate"), [("finish", "go on with older tokens"), ("restart", "begin again"), ("drop_group", "are dropped")]
+)
 def test_a_tight_bound_says_what_becomes_of_long_rollouts(on_stale: str, fate: str) -> None:
     settings = replace(SETTINGS, retention_bound=3, on_stale=on_stale)
     _, (warning,) = outlook(settings, 20, 110, None)
