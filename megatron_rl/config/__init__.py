@@ -4,5 +4,6 @@ from megatron_rl.config.errors import UserError
 from megatron_rl.config.load import validate
 from megatron_rl.config.plan import PlanRun
 from megatron_rl.config.run import EvalRun, RlRun, SftRun
+from megatron_rl.config.simulate import SimulationRun
 
-__all__ = ["EvalRun", "PlanRun", "RlRun", "SftRun", "UserError", "validate"]
+__all__ = ["EvalRun", "PlanRun", "RlRun", "SftRun", "SimulationRun", "UserError", "validate"]

@@ -36,6 +36,8 @@ VIOLATIONS = [
     ("megatron_rl/scheduler/__init__.py", "import asyncio", PURE),
     ("megatron_rl/planning/__init__.py", "import torch", PURE),
     ("megatron_rl/planning/__init__.py", "import megatron_rl.assemble", LAYERS),
+    ("megatron_rl/simulation/__init__.py", "import torch", PURE),
+    ("megatron_rl/simulation/__init__.py", "import megatron_rl.planning", LAYERS),
     ("megatron_rl/algorithms/__init__.py", "def f():\n    import megatron.core", LOOPS),
     ("megatron_rl/loops/__init__.py", "import transformers", LOOPS),
     ("megatron_rl_kernels/logprob/reference.py", "import megatron_rl.types", LEAF),
