@@ -155,6 +155,7 @@ class SglangEngine:
         try:
             async with self._watch.stream(), self._session() as session:
                 with closing(await self._watch.wait(session.post(path, data=orjson.dumps(body)))) as response:
+                    _end_with_its_connection(response)
                     if response.status != 200:
                         content = await self._watch.wait(response.read())
                         self.lose(f"{path} answered {response.status}: {_shortened(content)}")
@@ -248,6 +249,19 @@ class _Stream:
         said = [int(span["version"]) for span in spans for _ in range(span["start"], span["end"])]
         if said != self._versions:
             raise ValueError(f"weights changed under {self.request.rollout_id}: {spans} for versions {sorted(set(self._versions))}")
+
+
+def _end_with_its_connection(response: aiohttp.ClientResponse) -> None:
+    """aiohttp closes a connection whose chunks are framed wrongly, and leaves the body's reader waiting (3.14.5,
+    client_proto.py:377). Can go when it tells the reader."""
+
+    def tell(closed: asyncio.Future[None]) -> None:
+        if not response.content.is_eof() and response.content.exception() is None:
+            response.content.set_exception(aiohttp.ClientPayloadError("the connection was closed"))
+
+    protocol = response.connection.protocol if response.connection is not None else None
+    if protocol is not None and protocol.closed is not None:  # else the whole answer is here already
+        protocol.closed.add_done_callback(tell)
 
 
 def _sampling(request: GenerateRequest) -> dict[str, Any]:

@@ -256,6 +256,14 @@ async def _drops_the_connection(request: web.Request, body: dict[str, Any], repl
     request.transport.abort()
 
 
+async def _frames_a_chunk_wrongly(request: web.Request, body: dict[str, Any], reply: Reply) -> None:
+    await reply.raw(reply.event(0, [1]))
+    await asyncio.sleep(0.1)  # until it was read
+    assert request.transport is not None
+    request.transport.write(b"1\r\n{}\r\n")
+    await asyncio.sleep(5)
+
+
 async def _is_silent(request: web.Request, body: dict[str, Any], reply: Reply) -> None:
     await reply.raw(reply.event(0, [1]))
     await asyncio.sleep(5)
@@ -278,6 +286,7 @@ async def _is_silent(request: web.Request, body: dict[str, Any], reply: Reply) -
         (_has_a_version_that_is_no_number, "nonsense"),
         (_ends_early, "the stream ended before 0:a#12"),
         (_drops_the_connection, "/generate: "),
+        (_frames_a_chunk_wrongly, "/generate: the connection broke"),
         (_is_silent, "imeout"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
