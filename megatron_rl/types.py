@@ -81,15 +81,21 @@ class Score:
     reason: str = ""
     seconds: float = 0.0
 
+    @property
+    def is_judgement(self) -> bool:
+        return self.status not in ("timeout", "error")
+
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """All samples of one prompt, finished, with a score each; the unit over which advantages are computed."""
+    """All samples of one prompt, finished, with a score each; the unit over which advantages are computed. Under early release a
+    part of them, and the rewards of those that were released before: they count for the advantage and are not trained again."""
 
     id: str
     prompt: Prompt
     rollouts: tuple[Rollout, ...]
     scores: tuple[Score, ...]
+    earlier_rewards: tuple[float, ...] = ()
 
     @property
     def rewards(self) -> tuple[float, ...]:

@@ -54,6 +54,9 @@ class RolloutConfig(Config):
     group_size: PositiveInt
     retention_bound: NonNegativeInt | None = None  # sigma, in steps; null: from the formula of the banner, so that none is stale
     on_stale: Literal["finish", "restart", "drop_group"] = "finish"
+    group_release: Literal["complete", "early"] = (
+        "complete"  # early: what has ended of a group by a phase's end trains before the rest
+    )
     temperature: float = Field(default=1.0, ge=0.0)
     top_p: float = Field(default=1.0, gt=0.0, le=1.0)
     top_k: int = Field(default=-1, ge=-1)
@@ -70,6 +73,8 @@ class RolloutConfig(Config):
                 f"groups_per_phase={self.groups_per_phase}: scheduler=count needs a number of groups that the pool holds, "
                 f"at most pool_capacity // group_size = {self.pool_capacity // self.group_size}"
             )
+        if self.group_release == "early" and (self.scheduler != "c3po_pp" or self.on_stale == "drop_group"):
+            raise ValueError("group_release=early needs scheduler=c3po_pp, and on_stale=finish or restart")
         if self.top_k == 0:
             raise ValueError("top_k=0 leaves no token to sample; -1 means the whole vocabulary")
         return self

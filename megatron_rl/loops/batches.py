@@ -8,7 +8,7 @@ Invariants:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -17,7 +17,7 @@ from megatron_rl.algorithms.advantages import AdvantageMethod, group_advantages
 from megatron_rl.algorithms.aggregation import AggregationMethod, token_weights
 from megatron_rl.algorithms.batch import PackedBatch
 from megatron_rl.scheduler.packing import pack
-from megatron_rl.types import Group, Score
+from megatron_rl.types import Group
 
 
 @dataclass(frozen=True)
@@ -32,27 +32,24 @@ class TrainSequence:
         return len(self.prompt) + len(self.response)
 
 
-def is_valid(score: Score) -> bool:
-    return score.status not in ("timeout", "error")
-
-
 def usable_groups(groups: Sequence[Group], *, advantage: AdvantageMethod, zero_variance: str, exclude_failed: bool) -> list[Group]:
     """With `exclude_failed`, members without a judgement leave their group; with zero_variance="drop", groups leave whose
     advantages are all zero: they carry no gradient."""
     usable = []
     for group in groups:
         if exclude_failed:
-            kept = [(r, s) for r, s in zip(group.rollouts, group.scores, strict=True) if is_valid(s)]
+            kept = [(r, s) for r, s in zip(group.rollouts, group.scores, strict=True) if s.is_judgement]
             if not kept:
                 continue
-            group = Group(group.id, group.prompt, tuple(r for r, _ in kept), tuple(s for _, s in kept))
+            group = replace(group, rollouts=tuple(r for r, _ in kept), scores=tuple(s for _, s in kept))
         if zero_variance == "keep" or any(advantages(group, advantage)):
             usable.append(group)
     return usable
 
 
 def advantages(group: Group, method: AdvantageMethod) -> list[float]:
-    values: list[float] = group_advantages(torch.tensor(group.rewards, dtype=torch.float32), method).tolist()
+    rewards_G = torch.tensor((*group.rewards, *group.earlier_rewards), dtype=torch.float32)
+    values: list[float] = group_advantages(rewards_G, method)[: len(group.rewards)].tolist()
     return values
 
 

@@ -152,8 +152,8 @@ class _PhaseWork:
             self._tell(Stopped())  # of a phase that ran out of engines; nothing else is running yet
             return "stopped"
         self.dispatch.forget_prefixes()
-        for group_id in self.pool.unscored:  # of a journal that ended before their scores
-            self._spawn(self._score(group_id))
+        for part_id in self.pool.unscored:  # of a journal that ended before their scores
+            self._spawn(self._score(part_id))
         if self.pool.state.phase == "idle":  # else that phase goes on
             self._tell(Began(version))
         watcher = asyncio.create_task(self._watch_for_stop())
@@ -200,8 +200,8 @@ class _PhaseWork:
                         self._tell(Cut(list(self.pool.starting)))
                     if self.dispatch.any_in_flight:
                         self._spawn(self._abort_until_quiet())
-                case sched.Release(group_id):
-                    self._spawn(self._score(group_id))
+                case sched.Release(part_id):
+                    self._spawn(self._score(part_id))
 
     def _alive(self) -> list[Engine]:
         return [engine for engine in self.c.engines.alive if engine.name not in self.lost]
@@ -240,9 +240,9 @@ class _PhaseWork:
         if unfinished:
             self.entries.put_nowait(Cut(sorted(unfinished)))
 
-    async def _score(self, group_id: str) -> None:
-        scores = await self.c.rewards.score(self.pool.unscored[group_id])
-        self.entries.put_nowait(Scored(group_id, tuple(scores)))
+    async def _score(self, part_id: str) -> None:
+        scores = await self.c.rewards.score(self.pool.unscored[part_id])
+        self.entries.put_nowait(Scored(part_id, tuple(scores)))
 
     async def _abort_until_quiet(self) -> None:
         while self.dispatch.any_in_flight:

@@ -46,7 +46,7 @@ class Cut:
 
 @dataclass(frozen=True, slots=True)
 class Scored:
-    group_id: str
+    part_id: str  # a group, or under early release a part of one
     scores: Sequence[Score]
 
 
@@ -105,7 +105,8 @@ class Pool:
         self.settings, self.sampling, self.prompts, self._is_useful = settings, sampling, prompts, is_useful
         self.state = sched.State()
         self.rollouts: dict[str, Growing] = {}  # members of groups that are not complete
-        self.unscored: dict[str, tuple[Rollout, ...]] = {}  # complete groups, not judged yet
+        self.unscored: dict[str, tuple[Rollout, ...]] = {}  # released, not judged yet
+        self._rewards: dict[str, tuple[float | None, ...]] = {}  # of open groups that were released in part; None: not judged
         self.scored: list[Group] = []  # judged, not taken yet
         self.useless: list[Group] = []  # of dynamic sampling, since the last update
         self.starting: dict[str, None] = {}  # in order: started by the scheduler, on no engine
@@ -121,9 +122,8 @@ class Pool:
                 return self._apply([event for message in messages for event in self._extend(message)])
             case Cut(rollout_ids):
                 return self._apply([self._cut(name) for name in rollout_ids])
-            case Scored(group_id, scores):
-                members = self.unscored.pop(group_id)
-                return self._judge(Group(group_id, members[0].prompt, members, tuple(scores)))
+            case Scored(part_id, scores):
+                return self._judge(part_id, self.unscored.pop(part_id), tuple(scores))
             case Stopped():
                 return self._apply([sched.Stop()])
             case Taken(count, given_up):
@@ -164,6 +164,7 @@ class Pool:
             "scheduler": self.state.to_json(),
             "rollouts": [to_json(growing.rollout(name)) for name, growing in self.rollouts.items()],
             "scored": [to_json(group) for group in self.scored],
+            "rewards": self._rewards,
             "prompts": self.prompts.state_dict(),
             "group_size": self.settings.group_size,
             "max_response_tokens": self.sampling.max_response_tokens,
@@ -178,6 +179,7 @@ class Pool:
         rollouts = (from_json(Rollout, value) for value in state["rollouts"])
         self.rollouts = {rollout.id: Growing.of(rollout) for rollout in rollouts}
         self.scored = [from_json(Group, value) for value in state["scored"]]
+        self._rewards = {group_id: tuple(rewards) for group_id, rewards in state["rewards"].items()}
         self.prompts.load_state_dict(state["prompts"])
 
     def _apply(self, events: Iterable[sched.Event]) -> list[sched.Action]:
@@ -208,11 +210,16 @@ class Pool:
                     if growing.finish_reason is None:
                         self._given_up.append(len(growing.tokens))
                 self.prompts.give_back(group_id)
-            case sched.Release(group_id):
-                self.unscored[group_id] = tuple(self.rollouts.pop(name).rollout(name) for name in self._members(group_id))
+            case sched.Release(part_id, names):
+                self.unscored[part_id] = tuple(self.rollouts.pop(name).rollout(name) for name in names)
         return []
 
-    def _judge(self, group: Group) -> list[sched.Action]:
+    def _judge(self, part_id: str, members: tuple[Rollout, ...], scores: tuple[Score, ...]) -> list[sched.Action]:
+        group_id = sched.group_of(members[0].id)
+        earlier = self._rewards.pop(group_id, ())
+        group = Group(part_id, members[0].prompt, members, scores, tuple(reward for reward in earlier if reward is not None))
+        if len(earlier) + len(members) < self.settings.group_size:
+            self._rewards[group_id] = earlier + tuple(score.value if score.is_judgement else None for score in scores)
         useful = not self.settings.dynamic_sampling or self._is_useful(group)
         (self.scored if useful else self.useless).append(group)
         return self._apply([sched.Judged(group.id, useful)] if self.settings.dynamic_sampling else [])

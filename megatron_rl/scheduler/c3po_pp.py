@@ -14,6 +14,9 @@ Two baselines are policies of the same machine. "synchronous": pool_capacity // 
 "count" over-samples: the pool is filled at the start of a phase, which ends when groups_per_phase are complete (DAPO's and slime's
 way); the rest is carried, or dropped and offered again.
 
+A group trains when all its members have finished; under early release what has finished of it by the end of a phase, if that is
+more than one member, trains as a part, against the rewards of all that have ended.
+
 Under dynamic sampling (DAPO, arXiv 2503.14476, section 3.2) a group without a gradient leaves the training pool when it is judged,
 no phase ends on its account, and it makes room for another.
 
@@ -54,6 +57,7 @@ from megatron_rl.scheduler.messages import (
     StopAll,
     Trained,
     WantGroup,
+    group_of,
     rollout_id,
 )
 
@@ -77,13 +81,15 @@ __all__ = [
     "StopAll",
     "Trained",
     "WantGroup",
+    "group_of",
     "metrics",
     "rollout_id",
     "spent",
     "step",
 ]
 
-Status = Literal["waiting", "running", "finished"]
+ENDED = ("finished", "released")
+Status = Literal["waiting", "running", "finished", "released"]  # released: early, its siblings are still at it
 
 
 @dataclass(slots=True)
@@ -121,6 +127,7 @@ class State:
     training_pool: dict[str, list[int]] = field(default_factory=dict)  # released, untrained: each member's first version
     unfinished: int = 0  # the pool's size
     running: int = 0
+    ready: int = 0  # open groups with something that early release may take
 
     def to_json(self) -> dict[str, Any]:
         """Lists, not objects, where order matters: it survives a serialiser that sorts keys."""
@@ -130,6 +137,7 @@ class State:
             "wants": self.wants,
             "counts": asdict(self.counts),
             "groups": [[name, [[m.tokens, m.first_version, m.status] for m in members]] for name, members in self.groups.items()],
+            "ready": self.ready,
             "training_pool": [[name, versions] for name, versions in self.training_pool.items()],
         }
 
@@ -144,7 +152,8 @@ class State:
             counts=Counts(**value["counts"]),
             groups=groups,
             training_pool={name: list(versions) for name, versions in value["training_pool"]},
-            unfinished=len(statuses) - statuses.count("finished"),
+            unfinished=sum(status not in ENDED for status in statuses),
+            ready=value.get("ready", 0),
             running=statuses.count("running"),
         )
 
@@ -172,20 +181,20 @@ def step(state: State, event: Event, settings: Settings) -> list[Action]:
             _open_phase(state, version, settings, actions)
         case Stop():
             if state.phase == "running":
-                _stop(state, actions)
-        case Judged(group_id, useful):
-            _judge(state, group_id, useful, settings.group_size)
-        case Trained(group_ids):
-            for group_id in group_ids:
-                if group_id not in state.training_pool:
-                    raise ValueError(f"{event}: {group_id} is not in the training pool")
-                del state.training_pool[group_id]
+                _stop(state, settings, actions)
+        case Judged(part_id, useful):
+            _judge(state, part_id, useful, settings.group_size)
+        case Trained(part_ids):
+            for part_id in part_ids:
+                if part_id not in state.training_pool:
+                    raise ValueError(f"{event}: {part_id} is not in the training pool")
+                del state.training_pool[part_id]
         case _:
             assert_never(event)
 
     if state.phase == "running":
         if _complete(state, settings):
-            _stop(state, actions)
+            _stop(state, settings, actions)
         else:
             _refill(state, settings, actions)
     if state.phase == "stopping" and not state.running:
@@ -203,7 +212,7 @@ def metrics(state: State, settings: Settings) -> dict[str, float]:
     """Of the phase just done, before its groups are reported Trained. Retention is that of the rollouts in the training pool,
     in versions since their first token."""
     counts = state.counts
-    unfinished = [m for _, m in _members(state) if m.status != "finished"]
+    unfinished = [m for _, m in _members(state) if m.status not in ENDED]
     ages = [state.version - first for versions in state.training_pool.values() for first in versions]
     numbers = {
         "generated_tokens": counts.generated,
@@ -230,7 +239,8 @@ def _complete(state: State, settings: Settings) -> bool:
         return not state.groups and useful >= settings.pool_capacity // settings.group_size
     if settings.policy == "count":
         return useful >= settings.groups_per_phase
-    return spent(state, settings) >= settings.token_budget and len(state.training_pool) > state.counts.unjudged
+    something = len(state.training_pool) > state.counts.unjudged or state.ready > 0
+    return spent(state, settings) >= settings.token_budget and something
 
 
 def _refill(state: State, settings: Settings, actions: list[Action]) -> None:
@@ -250,8 +260,13 @@ def _has_room(state: State, settings: Settings) -> bool:
     return spent(state, settings) < settings.token_budget or underway + state.counts.unjudged == 0
 
 
-def _stop(state: State, actions: list[Action]) -> None:
+def _stop(state: State, settings: Settings, actions: list[Action]) -> None:
     state.phase = "stopping"
+    if settings.group_release == "early":
+        for group_id, members in state.groups.items():
+            if _is_ready(members):
+                _release(state, group_id, members, settings, actions)
+        state.ready = 0
     if state.running:
         actions.append(StopAll())
 
@@ -280,7 +295,7 @@ def _retire_stale(state: State, settings: Settings, actions: list[Action]) -> No
         return
     stale = [n for n, m in _members(state) if m.status == "waiting" and _retention(state, m) > settings.retention_bound]
     for name in stale:
-        group_id = name.rpartition("#")[0]
+        group_id = group_of(name)
         if settings.on_stale == "drop_group" and group_id in state.groups:
             state.counts.dropped_stale += _drop(state, group_id, actions)
         elif settings.on_stale == "restart":
@@ -294,7 +309,7 @@ def _retire_stale(state: State, settings: Settings, actions: list[Action]) -> No
 def _drop(state: State, group_id: str, actions: list[Action]) -> int:
     """How many of its members had tokens."""
     members = state.groups.pop(group_id)
-    state.unfinished -= sum(m.status != "finished" for m in members)
+    state.unfinished -= sum(m.status not in ENDED for m in members)
     state.counts.discarded += sum(m.tokens for m in members)
     actions.append(DropGroup(group_id))
     return sum(m.tokens > 0 for m in members)
@@ -326,14 +341,34 @@ def _finish(state: State, name: str, settings: Settings, actions: list[Action]) 
     state.unfinished -= 1
     state.counts.finished += member.tokens
     state.counts.ended += 1
-    group_id = name.rpartition("#")[0]
+    group_id = group_of(name)
     members = state.groups[group_id]
-    if all(m.status == "finished" for m in members):
+    early = settings.group_release == "early"
+    was_ready = early and _is_ready([m for m in members if m is not member])
+    if all(m.status in ENDED for m in members):
+        state.ready -= was_ready
         del state.groups[group_id]
-        state.training_pool[group_id] = [state.version - _retention(state, m) for m in members]
-        state.counts.released += 1
-        state.counts.unjudged += settings.dynamic_sampling
-        actions.append(Release(group_id))
+        _release(state, group_id, members, settings, actions)
+    elif early:
+        state.ready += _is_ready(members) - was_ready
+
+
+def _release(state: State, group_id: str, members: list[Member], settings: Settings, actions: list[Action]) -> None:
+    """All that is finished and not yet released."""
+    samples = [sample for sample, member in enumerate(members) if member.status == "finished"]
+    is_whole = len(samples) == len(members)
+    part_id = group_id if is_whole else f"{group_id}+{samples[0]}"  # of no other part: a sample is released once
+    state.training_pool[part_id] = [state.version - _retention(state, members[sample]) for sample in samples]
+    state.counts.released += 1
+    state.counts.unjudged += settings.dynamic_sampling
+    for sample in samples:
+        members[sample].status = "released"
+    actions.append(Release(part_id, tuple(rollout_id(group_id, sample) for sample in samples)))
+
+
+def _is_ready(members: list[Member]) -> bool:
+    """Whether early release may take what has finished: only beside siblings that ended has it an advantage."""
+    return any(m.status == "finished" for m in members) and sum(m.status in ENDED for m in members) > 1
 
 
 def _judge(state: State, group_id: str, useful: bool, size: int) -> None:

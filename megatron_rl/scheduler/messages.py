@@ -18,9 +18,12 @@ class Settings:
     groups_per_phase: int = 0  # of policy "count": what ends a phase
     unfinished: Literal["carry", "discard"] = "carry"  # of policy "count": what becomes of the rest then
 
+    group_release: Literal["complete", "early"] = "complete"  # early: what has finished of a group may be trained before the rest
     dynamic_sampling: bool = False  # every released group is Judged, and one without a gradient counts for nothing (DAPO)
 
     def __post_init__(self) -> None:
+        if self.group_release == "early" and (self.policy != "c3po_pp" or self.on_stale == "drop_group"):
+            raise ValueError(f"group_release=early is for policy c3po_pp, without on_stale=drop_group: {self}")
         if self.policy == "count" and not 1 <= self.groups_per_phase <= self.pool_capacity // self.group_size:
             raise ValueError(f"1 <= groups_per_phase <= pool_capacity // group_size does not hold: {self}")
         if self.token_budget < 1 or self.retention_bound < 0 or not 1 <= self.group_size <= self.pool_capacity:
@@ -29,6 +32,10 @@ class Settings:
 
 def rollout_id(group_id: str, sample: int) -> str:
     return f"{group_id}#{sample}"
+
+
+def group_of(rollout_id: str) -> str:
+    return rollout_id.rpartition("#")[0]
 
 
 # Events: what the driver reports.
@@ -75,17 +82,17 @@ class Stop:
 
 @dataclass(frozen=True, slots=True)
 class Judged:
-    """Under dynamic sampling, once for every group released: whether it carries a gradient. If not it is gone."""
+    """Under dynamic sampling, once for everything released: whether it carries a gradient. If not it is gone."""
 
-    group_id: str
+    part_id: str
     useful: bool
 
 
 @dataclass(frozen=True, slots=True)
 class Trained:
-    """These groups have left the training pool for good: trained, or of no use for it."""
+    """These groups (or parts) have left the training pool for good: trained, or of no use for it."""
 
-    group_ids: tuple[str, ...]
+    part_ids: tuple[str, ...]
 
 
 Event = PhaseStarted | GroupOffered | Generated | Finished | Interrupted | Stop | Judged | Trained
@@ -113,9 +120,10 @@ class StopAll:
 
 @dataclass(frozen=True, slots=True)
 class Release:
-    """All members are finished: the group is in the training pool."""
+    """These members, finished, are in the training pool: the whole group, or under early release a part with an id of its own."""
 
-    group_id: str
+    part_id: str
+    rollout_ids: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)

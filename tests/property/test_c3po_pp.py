@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections import deque
+from collections import Counter, deque
+from collections.abc import Iterable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import settings as hypothesis_settings
@@ -30,6 +32,7 @@ from megatron_rl.scheduler.c3po_pp import (
     StopAll,
     Trained,
     WantGroup,
+    group_of,
     metrics,
     rollout_id,
     spent,
@@ -41,6 +44,10 @@ PAIRS = Settings(token_budget=10, pool_capacity=4, group_size=2, retention_bound
 
 def play(state: State, settings: Settings, *events: Event) -> list[object]:
     return [action for event in events for action in step(state, event, settings)]
+
+
+def released(group: str) -> Release:
+    return Release(group, (f"{group}#0", f"{group}#1"))
 
 
 def started(settings: Settings = PAIRS, *groups: str) -> State:
@@ -62,7 +69,7 @@ def test_a_phase_asks_for_groups_while_a_whole_one_fits() -> None:
 def test_the_budget_ends_a_phase_and_the_rest_is_carried_oldest_first() -> None:
     state = started(PAIRS, "a", "b")
     assert play(state, PAIRS, Generated("a#0", 2), Finished("a#0"), Generated("a#1", 3)) == []
-    assert step(state, Finished("a#1"), PAIRS) == [Release("a"), WantGroup()]  # 5 of 10 spent, pool 2: room for a pair
+    assert step(state, Finished("a#1"), PAIRS) == [released("a"), WantGroup()]  # 5 of 10 spent, pool 2: room for a pair
     assert step(state, Generated("b#1", 5), PAIRS) == [StopAll()]  # 5 + 5 = 10
     assert step(state, Generated("b#1", 2), PAIRS) == []  # what was on its way still counts
     assert step(state, Interrupted("b#0"), PAIRS) == []
@@ -92,8 +99,8 @@ def test_a_spent_budget_waits_for_a_first_complete_group() -> None:
     state = started(PAIRS, "a", "b")
     assert play(state, PAIRS, Generated("a#0", 50), Generated("b#0", 50), Finished("b#0")) == []  # spent: no stop, and no wants
     assert step(state, Finished("a#0"), PAIRS) == []
-    assert play(state, PAIRS, Generated("b#1", 1), Finished("b#1")) == [Release("b"), StopAll()]
-    assert step(state, Finished("a#1"), PAIRS) == [Release("a"), PhaseDone()]  # finished before the abort reached it
+    assert play(state, PAIRS, Generated("b#1", 1), Finished("b#1")) == [released("b"), StopAll()]
+    assert step(state, Finished("a#1"), PAIRS) == [released("a"), PhaseDone()]  # finished before the abort reached it
 
 
 def test_finished_budget_counts_whole_rollouts_when_they_end() -> None:
@@ -101,7 +108,7 @@ def test_finished_budget_counts_whole_rollouts_when_they_end() -> None:
     state = started(settings, "a", "b")
     assert play(state, settings, Generated("a#0", 6), Generated("b#0", 9), Generated("a#1", 4)) == []
     assert step(state, Finished("a#0"), settings) == []  # 6 of 10
-    assert step(state, Finished("a#1"), settings) == [Release("a"), StopAll()]  # 6 + 4 = 10
+    assert step(state, Finished("a#1"), settings) == [released("a"), StopAll()]  # 6 + 4 = 10
     assert play(state, settings, Interrupted("b#0"), Interrupted("b#1"))[-1] == PhaseDone()
     play(state, settings, Trained(("a",)), PhaseStarted(1), Generated("b#0", 1), Finished("b#0"))
     assert spent(state, settings) == 10  # 9 tokens of the phase before, 1 of this
@@ -208,8 +215,8 @@ def test_synchronous_takes_a_poolful_of_groups_and_waits_for_all() -> None:
     assert step(state, PhaseStarted(0), settings) == [WantGroup(), WantGroup()]
     play(state, settings, GroupOffered("a"), GroupOffered("b"))
     actions = play(state, settings, Generated("a#0", 99), Finished("a#0"), Finished("a#1"), Generated("b#0", 1), Finished("b#0"))
-    assert actions == [Release("a")]  # no budget stop, no refill
-    assert step(state, Finished("b#1"), settings) == [Release("b"), PhaseDone()]
+    assert actions == [released("a")]  # no budget stop, no refill
+    assert step(state, Finished("b#1"), settings) == [released("b"), PhaseDone()]
     assert state.unfinished == 0 and metrics(state, settings)["rollout/budget_overshoot"] == 0.0
 
 
@@ -220,7 +227,7 @@ def test_synchronous_goes_on_after_a_stop_with_what_is_missing() -> None:
     assert step(state, Interrupted("a#1"), settings) == [PhaseDone()]
     assert step(state, PhaseStarted(0), settings) == [Start("a#1"), WantGroup()]
     play(state, settings, GroupOffered("b"), Finished("b#0"), Finished("b#1"))
-    assert step(state, Finished("a#1"), settings) == [Release("a"), PhaseDone()]
+    assert step(state, Finished("a#1"), settings) == [released("a"), PhaseDone()]
 
 
 COUNT = replace(PAIRS, policy="count", pool_capacity=6, groups_per_phase=2)
@@ -230,8 +237,8 @@ def test_count_over_samples_and_stops_at_so_many_groups() -> None:
     state = State()
     assert step(state, PhaseStarted(0), COUNT) == [WantGroup()] * 3
     play(state, COUNT, *(GroupOffered(group) for group in "abc"))
-    assert play(state, COUNT, Generated("c#0", 50), Finished("a#0"), Finished("a#1")) == [Release("a")]  # no budget, no refill
-    assert play(state, COUNT, Finished("b#0"), Finished("b#1")) == [Release("b"), StopAll()]
+    assert play(state, COUNT, Generated("c#0", 50), Finished("a#0"), Finished("a#1")) == [released("a")]  # no budget, no refill
+    assert play(state, COUNT, Finished("b#0"), Finished("b#1")) == [released("b"), StopAll()]
     assert play(state, COUNT, Interrupted("c#0"), Interrupted("c#1"), Trained(("a", "b"))) == [PhaseDone()]
     assert step(state, PhaseStarted(1), COUNT) == [Start("c#0"), Start("c#1"), WantGroup(), WantGroup()]
 
@@ -245,6 +252,24 @@ def test_count_may_discard_what_it_did_not_wait_for() -> None:
     assert state.counts.discarded == 7 and state.counts.dropped_stale == 0
 
 
+EARLY = replace(PAIRS, group_size=3, pool_capacity=6, group_release="early")
+
+
+def test_early_release_takes_what_has_finished_at_the_end_of_a_phase() -> None:
+    state = started(EARLY, "a", "b")
+    assert play(state, EARLY, Generated("a#0", 9), Finished("a#0"), Finished("a#2"), Finished("b#1")) == [WantGroup()]
+    actions = step(state, Generated("a#1", 1), EARLY)
+    assert actions == [Release("a+0", ("a#0", "a#2")), StopAll()]  # b's one member has nothing to be compared with
+    play(state, EARLY, *(Interrupted(name) for name in ("a#1", "b#0", "b#2")), Trained(("a+0",)), PhaseStarted(1))
+    assert play(state, EARLY, Finished("a#1")) == [Release("a+1", ("a#1",))]  # the last: its siblings have ended
+    assert play(state, EARLY, Finished("b#0"), Finished("b#2"))[0] == Release("b", ("b#0", "b#1", "b#2"))
+
+
+def test_early_release_is_refused_where_a_part_could_be_dropped() -> None:
+    with pytest.raises(ValueError, match="group_release=early"):
+        replace(EARLY, on_stale="drop_group")
+
+
 DYNAMIC = replace(PAIRS, dynamic_sampling=True)
 
 
@@ -255,7 +280,7 @@ def test_a_useless_group_ends_no_phase_and_makes_room_for_another() -> None:
     assert state.phase == "running"  # two are complete, none is judged
     assert step(state, Judged("a", False), settings) == [WantGroup()]
     assert step(state, Judged("b", True), settings) == []
-    assert play(state, settings, Finished("c#0"), Finished("c#1"), Judged("c", True)) == [Release("c"), PhaseDone()]
+    assert play(state, settings, Finished("c#0"), Finished("c#1"), Judged("c", True)) == [released("c"), PhaseDone()]
     assert list(state.training_pool) == ["b", "c"] and metrics(state, settings)["rollout/useless_groups"] == 1.0
 
 
@@ -263,7 +288,7 @@ def test_a_spent_budget_waits_for_a_useful_group() -> None:
     state = started(DYNAMIC, "a", "b")
     play(state, DYNAMIC, Generated("a#0", 50), Finished("a#0"), Finished("a#1"))
     assert state.phase == "running"
-    assert play(state, DYNAMIC, Judged("a", False), Finished("b#0"), Finished("b#1")) == [Release("b")]
+    assert play(state, DYNAMIC, Judged("a", False), Finished("b#0"), Finished("b#1")) == [released("b")]
     assert step(state, Judged("b", True), DYNAMIC) == [PhaseDone()]
 
 
@@ -281,7 +306,7 @@ def test_synchronous_finishes_what_another_policy_left() -> None:
     settings = replace(PAIRS, policy="synchronous")  # two groups a phase; three are open
     assert step(state, PhaseStarted(1), settings) == [Start("a#1"), Start("b#1"), Start("c#0"), Start("c#1")]
     actions = play(state, settings, *(Finished(name) for name in ("a#1", "b#1", "c#0", "c#1")))
-    assert actions == [Release("a"), Release("b"), Release("c"), PhaseDone()]
+    assert actions == [released("a"), released("b"), released("c"), PhaseDone()]
 
 
 @pytest.mark.parametrize(
@@ -313,14 +338,21 @@ def test_settings_that_hold_no_group_are_refused() -> None:
         Settings(token_budget=1, pool_capacity=3, group_size=4, retention_bound=0)
 
 
-SETTINGS = st.builds(
-    lambda spare, share, group_size, **keys: Settings(
+def possible(spare: int, share: float, group_size: int, **keys: Any) -> Settings:
+    if keys["policy"] != "c3po_pp" or keys["on_stale"] == "drop_group":
+        keys["group_release"] = "complete"
+    return Settings(
         pool_capacity=group_size + spare,
         group_size=group_size,
         groups_per_phase=1 + int(share * (spare // group_size)),
         **keys,
-    ),
+    )
+
+
+SETTINGS = st.builds(
+    possible,
     spare=st.integers(0, 9),
+    group_release=st.sampled_from(["complete", "early"]),
     share=st.floats(0, 1),
     token_budget=st.integers(1, 40),
     group_size=st.integers(1, 4),
@@ -346,6 +378,8 @@ class Interleavings(RuleBasedStateMachine):
         self.trained: list[str] = []
         self.unjudged: list[str] = []
         self.useless: list[str] = []
+        self.parts: dict[str, tuple[str, ...]] = {}  # all that was ever released
+        self.gone: Counter[str] = Counter()  # members released, by group
         self.dropped: deque[str] = deque()
         self.offered = self.wants = 0
         self.version, self.in_phase = -1, False
@@ -369,13 +403,20 @@ class Interleavings(RuleBasedStateMachine):
                 self.running.add(name)
             case StopAll():
                 assert self.running
-            case Release(group):
-                members = self.members(group)
-                assert set(members) <= self.ended and group not in self.released and group not in self.trained
+            case Release(part, members):
+                assert set(members) <= self.ended and part not in self.parts
+                if self.settings.group_release == "complete":
+                    assert list(members) == self.members(part)
+                else:
+                    group = group_of(members[0])
+                    ended = self.gone[group] + sum(name in self.ended for name in self.members(group))
+                    assert ended == self.settings.group_size or (ended > 1 and self.state.phase != "running")
+                self.parts[part] = members
+                self.gone[group_of(members[0])] += len(members)
                 self.forget(members)
-                self.released.append(group)
+                self.released.append(part)
                 if self.settings.dynamic_sampling:
-                    self.unjudged.append(group)
+                    self.unjudged.append(part)
             case Restart(name):
                 assert self.settings.on_stale == "restart" and self.age(name) > self.settings.retention_bound
                 self.tokens[name] = []
@@ -393,7 +434,7 @@ class Interleavings(RuleBasedStateMachine):
     def members(self, group: str) -> list[str]:
         return [rollout_id(group, sample) for sample in range(self.settings.group_size)]
 
-    def forget(self, members: list[str]) -> None:
+    def forget(self, members: Iterable[str]) -> None:
         for name in members:
             del self.tokens[name]
             self.ended.discard(name)
@@ -498,11 +539,14 @@ class Interleavings(RuleBasedStateMachine):
     @invariant()
     def conservation(self) -> None:
         here = [name for group in self.state.groups for name in self.members(group)]
-        assert here == list(self.tokens) or sorted(here) == sorted(self.tokens)
+        gone = [name for members in self.parts.values() for name in members]
+        assert len(set(gone)) == len(gone)
+        assert sorted(set(here) - set(gone)) == sorted(self.tokens)
         assert list(self.state.training_pool) == self.released
         assert len(set(self.trained)) == len(self.trained)
-        groups = len(self.state.groups) + len(self.released) + len(self.trained) + len(self.dropped) + len(self.useless)
-        assert groups == self.offered
+        assert len(self.parts) == len(self.released) + len(self.trained) + len(self.useless)
+        whole = sum(count == self.settings.group_size for count in self.gone.values())
+        assert len(self.state.groups) + whole + len(self.dropped) == self.offered
 
     @invariant()
     def capacity(self) -> None:
@@ -512,10 +556,20 @@ class Interleavings(RuleBasedStateMachine):
         assert self.wants == self.state.wants and len(self.running) == self.state.running
 
     @invariant()
+    def readiness(self) -> None:
+        def ended(group: str) -> int:
+            return self.gone[group] + len(self.ended & set(self.members(group)))
+
+        ready = [group for group in self.state.groups if self.ended & set(self.members(group)) and ended(group) > 1]
+        assert self.state.ready == (len(ready) if self.settings.group_release == "early" else 0)
+
+    @invariant()
     def accounting(self) -> None:
         assert spent(self.state, self.settings) == (self.generated if self.settings.budget_counts == "generated" else self.finished)
         for group, members in self.state.groups.items():
-            assert [member.tokens for member in members] == [len(self.tokens[name]) for name in self.members(group)]
+            for member, name in zip(members, self.members(group), strict=True):
+                assert (member.status == "released") == (name not in self.tokens)
+                assert name not in self.tokens or member.tokens == len(self.tokens[name])
         if self.settings.policy == "c3po_pp":
             overshoot = max(0, spent(self.state, self.settings) - self.settings.token_budget)
             assert metrics(self.state, self.settings)["rollout/budget_overshoot"] == overshoot

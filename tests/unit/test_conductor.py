@@ -204,6 +204,26 @@ def test_what_a_train_budget_leaves_may_be_given_up(runner: asyncio.Runner) -> N
     assert not c.pool.scored and not c.pool.state.training_pool
 
 
+def test_parts_of_groups_train_against_all_that_have_ended(runner: asyncio.Runner) -> None:
+    c = conductor(runner, two_engines(), group_release="early")
+    rewards: dict[str, list[float]] = {}
+    members: dict[str, list[int]] = {}
+    parts = 0
+    for version in range(30):
+        if version == 15:
+            c = conductor(runner, two_engines(), saved=json.loads(json.dumps(c.state_dict())), group_release="early")
+        for group in c.phase(version).groups:
+            name = group.rollouts[0].id.rpartition("#")[0]
+            assert sorted(group.earlier_rewards) == sorted(rewards.get(name, []))
+            assert len(group.rewards) + len(group.earlier_rewards) > 1
+            rewards.setdefault(name, []).extend(group.rewards)
+            members.setdefault(name, []).extend(rollout.sample for rollout in group.rollouts)
+            parts += group.id != name
+    assert parts > 10
+    assert all(len(set(samples)) == len(samples) for samples in members.values())
+    assert sum(len(samples) == GROUP for samples in members.values()) > len(members) - 12
+
+
 def test_dynamic_sampling_hands_out_useful_groups_alone(runner: asyncio.Runner) -> None:
     engines = ScriptedEngines(
         [ScriptedEngine("a", prompt_tokens=2, length=lambda name: 3 if "#" in name and name[3] in "13579" else length_of(name))]
