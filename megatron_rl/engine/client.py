@@ -146,7 +146,9 @@ class SglangEngine:
             async with session.post(path, data=orjson.dumps(body)) as response:
                 if response.status != 200:
                     self.lose(f"{path} answered {response.status}: {_shortened(await response.read())}")
-        except (aiohttp.ClientError, OSError) as error:  # TimeoutError is an OSError
+        except TimeoutError:
+            self.lose(f"{path} was not answered for engine.stall_timeout_s={self.stall_timeout_s:g}")
+        except (aiohttp.ClientError, OSError) as error:
             self.lose(f"{path}: {_reason(error)}")
 
     async def _events(self, path: str, body: Mapping[str, Any]) -> AsyncGenerator[list[dict[str, Any]], None]:
