@@ -211,6 +211,7 @@ def rl_parts(config: RlRun, run_dir: Path, core: PolicyParts, stop: StopFlag, st
             policy=rollout.scheduler,
             groups_per_phase=rollout.groups_per_phase or 0,
             unfinished=rollout.unfinished,
+            warm_start=rollout.warm_start,
             group_release=rollout.group_release,
             dynamic_sampling=algorithm.zero_variance == "resample",
         )

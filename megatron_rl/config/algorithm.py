@@ -25,7 +25,7 @@ class CorrectionConfig(Config):
 
 class AlgorithmConfig(Config):
     advantage: Literal["grpo", "dr_grpo", "rloo", "reinforce"] = "grpo"
-    # Groups whose rewards are all equal carry no gradient. resample: no phase ends on their account, others take their place (DAPO).
+    # Groups whose rewards are all equal carry no gradient; resample: others take their place within the phase (DAPO).
     zero_variance: Literal["keep", "drop", "resample"] = "drop"
     correction: CorrectionConfig = CorrectionConfig()
     clip_low: PositiveFloat = 0.2

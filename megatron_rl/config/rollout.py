@@ -54,6 +54,7 @@ class RolloutConfig(Config):
     group_size: PositiveInt
     retention_bound: NonNegativeInt | None = None  # sigma, in steps; null: from the formula of the banner, so that none is stale
     on_stale: Literal["finish", "restart", "drop_group"] = "finish"
+    warm_start: bool = False  # the first phase also waits for the groups it began with, the long ones among them
     group_release: Literal["complete", "early"] = (
         "complete"  # early: what has ended of a group by a phase's end trains before the rest
     )

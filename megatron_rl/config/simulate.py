@@ -59,6 +59,8 @@ class SimulationRun(Config):
     budget_counts: Literal["generated", "finished"] = "generated"
     retention_bound: NonNegativeInt | None = None  # sigma; null: max_tokens x pool / budget, so that none is stale
     on_stale: Literal["finish", "restart", "drop_group"] = "finish"
+    group_release: Literal["complete", "early"] = "complete"
+    warm_start: bool = False  # the first phase waits for the groups it began with
     count: CountConfig = CountConfig()
     lengths: LengthsConfig = LengthsConfig()
     engines: EnginesConfig = EnginesConfig()

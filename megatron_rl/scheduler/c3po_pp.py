@@ -17,6 +17,9 @@ way); the rest is carried, or dropped and offered again.
 A group trains when all its members have finished; under early release what has finished of it by the end of a phase, if that is
 more than one member, trains as a part, against the rewards of all that have ended.
 
+A pool that starts empty trains its short rollouts first. A warm start lets the first phase, whatever its budget, wait for the
+groups that it began with.
+
 Under dynamic sampling (DAPO, arXiv 2503.14476, section 3.2) a group without a gradient leaves the training pool when it is judged,
 no phase ends on its account, and it makes room for another.
 
@@ -128,6 +131,8 @@ class State:
     unfinished: int = 0  # the pool's size
     running: int = 0
     ready: int = 0  # open groups with something that early release may take
+    is_first_phase: bool = False
+    first_fill: dict[str, None] = field(default_factory=dict)  # of a warm start: open groups that the first phase began with
 
     def to_json(self) -> dict[str, Any]:
         """Lists, not objects, where order matters: it survives a serialiser that sorts keys."""
@@ -138,6 +143,8 @@ class State:
             "counts": asdict(self.counts),
             "groups": [[name, [[m.tokens, m.first_version, m.status] for m in members]] for name, members in self.groups.items()],
             "ready": self.ready,
+            "is_first_phase": self.is_first_phase,
+            "first_fill": list(self.first_fill),
             "training_pool": [[name, versions] for name, versions in self.training_pool.items()],
         }
 
@@ -154,6 +161,8 @@ class State:
             training_pool={name: list(versions) for name, versions in value["training_pool"]},
             unfinished=sum(status not in ENDED for status in statuses),
             ready=value.get("ready", 0),
+            is_first_phase=value.get("is_first_phase", False),
+            first_fill=dict.fromkeys(value.get("first_fill", ())),
             running=statuses.count("running"),
         )
 
@@ -176,7 +185,7 @@ def step(state: State, event: Event, settings: Settings) -> list[Action]:
             if state.phase == "running":
                 _start(state, name, actions)
         case GroupOffered(group_id):
-            _admit(state, group_id, settings.group_size, actions)
+            _admit(state, group_id, settings, actions)
         case PhaseStarted(version):
             _open_phase(state, version, settings, actions)
         case Stop():
@@ -240,7 +249,7 @@ def _complete(state: State, settings: Settings) -> bool:
     if settings.policy == "count":
         return useful >= settings.groups_per_phase
     something = len(state.training_pool) > state.counts.unjudged or state.ready > 0
-    return spent(state, settings) >= settings.token_budget and something
+    return spent(state, settings) >= settings.token_budget and something and not state.first_fill
 
 
 def _refill(state: State, settings: Settings, actions: list[Action]) -> None:
@@ -275,6 +284,7 @@ def _open_phase(state: State, version: int, settings: Settings, actions: list[Ac
     if state.phase != "idle" or version < state.version:
         raise ValueError(f"phase {version} cannot start: phase {state.version} is {state.phase}")
     if version > state.version:
+        state.is_first_phase = state.version == -1
         state.version, state.counts = version, Counts()
         if settings.policy == "count" and settings.unfinished == "discard":
             for group_id in list(state.groups):
@@ -309,20 +319,24 @@ def _retire_stale(state: State, settings: Settings, actions: list[Action]) -> No
 def _drop(state: State, group_id: str, actions: list[Action]) -> int:
     """How many of its members had tokens."""
     members = state.groups.pop(group_id)
+    state.first_fill.pop(group_id, None)
     state.unfinished -= sum(m.status not in ENDED for m in members)
     state.counts.discarded += sum(m.tokens for m in members)
     actions.append(DropGroup(group_id))
     return sum(m.tokens > 0 for m in members)
 
 
-def _admit(state: State, group_id: str, size: int, actions: list[Action]) -> None:
+def _admit(state: State, group_id: str, settings: Settings, actions: list[Action]) -> None:
     if not state.wants:
         raise ValueError(f"group {group_id} was offered, but none is wanted")
     if group_id in state.groups or group_id in state.training_pool:
         raise ValueError(f"group {group_id} was offered twice")
     state.wants -= 1
+    size = settings.group_size
     state.groups[group_id] = [Member() for _ in range(size)]
     state.unfinished += size
+    if settings.warm_start and state.is_first_phase and not state.counts.ended:
+        state.first_fill[group_id] = None
     if state.phase == "running":
         for sample in range(size):
             _start(state, rollout_id(group_id, sample), actions)
@@ -348,6 +362,7 @@ def _finish(state: State, name: str, settings: Settings, actions: list[Action]) 
     if all(m.status in ENDED for m in members):
         state.ready -= was_ready
         del state.groups[group_id]
+        state.first_fill.pop(group_id, None)
         _release(state, group_id, members, settings, actions)
     elif early:
         state.ready += _is_ready(members) - was_ready

@@ -18,6 +18,7 @@ class Settings:
     groups_per_phase: int = 0  # of policy "count": what ends a phase
     unfinished: Literal["carry", "discard"] = "carry"  # of policy "count": what becomes of the rest then
 
+    warm_start: bool = False  # of policy c3po_pp: the first phase also waits for the groups it began with, the long ones among them
     group_release: Literal["complete", "early"] = "complete"  # early: what has finished of a group may be trained before the rest
     dynamic_sampling: bool = False  # every released group is Judged, and one without a gradient counts for nothing (DAPO)
 

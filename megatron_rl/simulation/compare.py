@@ -46,7 +46,9 @@ class Job:
             retention_bound=sigma if run.retention_bound is None else run.retention_bound,
             budget_counts=run.budget_counts,
             on_stale=run.on_stale,
+            warm_start=run.warm_start,
             policy=self.scheduler,
+            group_release=run.group_release if self.scheduler == "c3po_pp" else "complete",
             groups_per_phase=run.groups_to_count() if self.scheduler == "count" else 0,
             unfinished=run.count.unfinished,
         )

@@ -46,7 +46,6 @@ class Rollout:
     segments: list[tuple[int, int]] = field(default_factory=list)  # (weight version, tokens)
     pays_prompt: bool = True  # False: a sibling on the same engine has had the prompt prefilled
     ends_at: float = 0.0  # on its engine's clock
-    load: float = 0.0  # what dispatch counts it for
 
 
 class Engine:
@@ -57,6 +56,7 @@ class Engine:
         self.kv = 0.0  # tokens in the cache
         self.running: list[tuple[float, int, Rollout]] = []  # a heap, by the end
         self.waiting: deque[Rollout] = deque()
+        self.waiting_tokens = 0  # that those will need in the cache
         self.generated = 0.0  # tokens; busy and prefilling in seconds
         self.busy_s = self.prefill_s = 0.0
         self.kv_seconds = self.kv_peak = 0.0
@@ -66,6 +66,16 @@ class Engine:
     @property
     def step_time(self) -> float:
         return self.model.step_s + self.model.step_s_per_rollout * len(self.running)
+
+    @property
+    def held(self) -> float:
+        """Tokens of all that it has, running or waiting, prompts included."""
+        return self.kv + self.waiting_tokens
+
+    def queue(self, rollout: Rollout) -> None:
+        """Runs from the next `admit` that has room."""
+        self.waiting.append(rollout)
+        self.waiting_tokens += self._context(rollout, rollout.tokens)
 
     def rate(self) -> float:
         """Tokens per second from `now` to the next event."""
@@ -119,6 +129,7 @@ class Engine:
             if self.running and self.kv + need > limit:
                 return
             self.waiting.popleft()
+            self.waiting_tokens -= need
             prefill = rollout.tokens + (self.model.prompt_tokens if rollout.pays_prompt else 0)
             self.decodes_from = max(self.decodes_from, self.now) + prefill / self.model.prefill_tokens_per_s
             rollout.ends_at = self.clock + rollout.length - rollout.tokens
@@ -140,6 +151,7 @@ class Engine:
         left.extend(self.waiting)
         self.running, self.kv, self.decodes_from = [], 0.0, self.now
         self.waiting.clear()
+        self.waiting_tokens = 0
         return left
 
     def _retract(self) -> None:
@@ -150,6 +162,7 @@ class Engine:
             rollout.pays_prompt = True
             self.kv -= self._context(rollout, rollout.tokens)
             self.waiting.appendleft(rollout)
+            self.waiting_tokens += self._context(rollout, rollout.tokens)
             self.retracted += 1
         self.running = by_tokens
         heapq.heapify(self.running)

@@ -270,6 +270,17 @@ def test_early_release_is_refused_where_a_part_could_be_dropped() -> None:
         replace(EARLY, on_stale="drop_group")
 
 
+def test_a_warm_start_waits_for_the_groups_that_it_began_with() -> None:
+    settings = replace(PAIRS, warm_start=True)
+    state = started(settings, "a", "b")
+    assert play(state, settings, Generated("a#0", 3), Finished("a#0"), Finished("a#1")) == [released("a"), WantGroup()]
+    play(state, settings, GroupOffered("c"), Generated("c#0", 50), Finished("c#0"), Finished("c#1"))
+    assert state.phase == "running"  # spent, and two groups are complete
+    assert play(state, settings, Finished("b#0"), Finished("b#1")) == [released("b"), PhaseDone()]
+    play(state, settings, Trained(("a", "b", "c")), PhaseStarted(1), GroupOffered("d"), GroupOffered("e"))
+    assert play(state, settings, Generated("d#0", 50), Finished("d#0"), Finished("d#1"))[-1] == StopAll()
+
+
 DYNAMIC = replace(PAIRS, dynamic_sampling=True)
 
 
@@ -362,6 +373,7 @@ SETTINGS = st.builds(
     policy=st.sampled_from(["c3po_pp", "c3po_pp", "synchronous", "count"]),
     unfinished=st.sampled_from(["carry", "discard"]),
     dynamic_sampling=st.booleans(),
+    warm_start=st.booleans(),
 )
 
 
