@@ -216,7 +216,8 @@ def rl_parts(config: RlRun, run_dir: Path, core: PolicyParts, stop: StopFlag, st
             dynamic_sampling=algorithm.zero_variance == "resample",
         )
         stream = PromptStream(prompts, config.run.seed, config.data.shuffle)
-        journal = Journal(run_dir / "journal")
+        about = {"model": config.model.model_dump(mode="json"), "reward": config.reward.model_dump(mode="json")}
+        journal = Journal(run_dir / "journal", about)
         tell_outlook(settings, config)
 
         def is_useful(group: Group) -> bool:

@@ -33,14 +33,16 @@ KINDS = {kind.__name__: kind for kind in (Began, Cut, Stopped, Taken)}  # of pla
 
 
 class Journal:
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    """`about`: what else the entries depend on (model, rewards), beside the state and settings of each `fingerprint`."""
+
+    def __init__(self, folder: Path, about: Mapping[str, Any]) -> None:
+        self._folder, self._about = folder, about
         self._file: BufferedRandom | None = None
 
     def reopen(self, step: int, fingerprint: Mapping[str, Any]) -> list[Entry]:
         """What was written after the checkpoint of `step` (0: the start of the run), to which later entries are appended.
         `fingerprint` says what it has to have been written under."""
-        path, wanted = self._path(step), json.loads(json.dumps(fingerprint))
+        path, wanted = self._path(step), json.loads(self._head(fingerprint))
         payloads = list(_records(path)) if path.exists() else []
         try:
             found = json.loads(payloads[0]) if payloads else None
@@ -58,7 +60,7 @@ class Journal:
     def begin(self, step: int, fingerprint: Mapping[str, Any]) -> None:
         """The checkpoint of `step` is on disk: what is older is of no more use."""
         self._open(self._path(step), keep=0)
-        self._write(json.dumps(fingerprint).encode())
+        self._write(self._head(fingerprint))
         self.sync()
         for other in self._folder.glob("step_*.log"):
             if other != self._path(step):
@@ -70,6 +72,9 @@ class Journal:
     def sync(self) -> None:
         if self._file:
             os.fsync(self._file.fileno())
+
+    def _head(self, fingerprint: Mapping[str, Any]) -> bytes:
+        return json.dumps({"about": self._about, **fingerprint}).encode()
 
     def _path(self, step: int) -> Path:
         return self._folder / f"step_{step}.log"

@@ -136,7 +136,7 @@ def conductor(fleet: Fleet, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     settings = Settings(token_budget=BUDGET, pool_capacity=POOL, group_size=GROUP, retention_bound=100)
     sampling = SamplingParams(max_response_tokens=LONGEST, stop_token_ids=(TINY_CONFIG["eos_token_id"],))
     with asyncio.Runner() as runner:
-        journal = Journal(tmp_path_factory.mktemp("journal"))
+        journal = Journal(tmp_path_factory.mktemp("journal"), {})
         yield Conductor(
             settings, sampling, fleet, ParityRewards(), CountedPrompts(), journal, StopFlag(), runner, 60, lambda group: True
         )  # type: ignore[arg-type]

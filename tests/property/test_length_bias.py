@@ -65,7 +65,7 @@ def trained(folder: Path, settings: Settings) -> list[list[Group]]:
 
     engines = ScriptedEngines([ScriptedEngine("a", 2, length, chunk=16), ScriptedEngine("b", 2, length, chunk=16)])
     sampling = SamplingParams(max_response_tokens=LONGEST)
-    journal = Journal(folder)
+    journal = Journal(folder, {})
     with asyncio.Runner() as runner:
         c = Conductor(
             settings, sampling, engines, ParityRewards(), prompts, journal, StopFlag(), runner, 60, is_useful=lambda group: True

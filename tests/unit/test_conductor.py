@@ -34,7 +34,7 @@ def conductor(
 ) -> Conductor:
     values = {"token_budget": BUDGET, "pool_capacity": POOL, "group_size": GROUP, "retention_bound": 100, **settings}
     sampling = SamplingParams(max_response_tokens=64)
-    parts = (engines, ParityRewards(), CountedPrompts(), Journal(folder or Path(tempfile.mkdtemp())), StopFlag(), runner)
+    parts = (engines, ParityRewards(), CountedPrompts(), Journal(folder or Path(tempfile.mkdtemp()), {}), StopFlag(), runner)
     c = Conductor(Settings(**values), sampling, *parts, timeout_s=20, is_useful=lambda group: len(set(group.rewards)) > 1)
     if saved is not None:
         c.load_state_dict(saved)

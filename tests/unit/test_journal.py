@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from disk_limit import files_at_most
 from fakes import CountedPrompts, ParityRewards, ScriptedEngine, ScriptedEngines
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_rl.loops.conductor import Conductor, Phase
@@ -34,7 +34,7 @@ def runner() -> Iterator[asyncio.Runner]:
 
 def conductor(runner: asyncio.Runner, folder: Path, settings: Settings = SETTINGS) -> tuple[Conductor, ScriptedEngine]:
     engine = ScriptedEngine("a", prompt_tokens=2)
-    parts = (ScriptedEngines([engine]), ParityRewards(), CountedPrompts(), Journal(folder), StopFlag(), runner)
+    parts = (ScriptedEngines([engine]), ParityRewards(), CountedPrompts(), Journal(folder, {}), StopFlag(), runner)
     return Conductor(settings, SamplingParams(max_response_tokens=64), *parts, timeout_s=20, is_useful=lambda group: True), engine
 
 
@@ -116,7 +116,7 @@ def test_a_journal_torn_anywhere_loses_nothing_and_doubles_nothing(
 
 
 def test_a_torn_tail_is_cut_off_in_one_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    journal = Journal(tmp_path)
+    journal = Journal(tmp_path, {})
     assert journal.reopen(0, FINGERPRINT) == []
     entries: list[Entry] = [Began(0), Taken(1), Began(1)]
     for entry in entries:
@@ -125,9 +125,9 @@ def test_a_torn_tail_is_cut_off_in_one_line(tmp_path: Path, caplog: pytest.LogCa
         with (tmp_path / "step_0.log").open("ab") as file:
             file.write(damage)
         caplog.clear()
-        assert Journal(tmp_path).reopen(0, FINGERPRINT) == entries
+        assert Journal(tmp_path, {}).reopen(0, FINGERPRINT) == entries
     assert "ends in a torn record" in caplog.text
-    assert Journal(tmp_path).reopen(0, FINGERPRINT) == entries
+    assert Journal(tmp_path, {}).reopen(0, FINGERPRINT) == entries
 
 
 def test_other_settings_leave_it_out_in_one_line(runner: asyncio.Runner, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -175,12 +175,13 @@ ENTRIES = st.one_of(
 )
 
 
+@settings(deadline=None)
 @given(entries=st.lists(ENTRIES))
 def test_entries_come_back_bit_for_bit(tmp_path_factory: pytest.TempPathFactory, entries: list[Entry]) -> None:
     folder = tmp_path_factory.mktemp("journal")
-    journal = Journal(folder)
+    journal = Journal(folder, {})
     journal.begin(4, FINGERPRINT)
     for entry in entries:
         journal.append(entry)
     journal.sync()
-    assert Journal(folder).reopen(4, FINGERPRINT) == entries
+    assert Journal(folder, {}).reopen(4, FINGERPRINT) == entries
