@@ -92,23 +92,24 @@ def fail(message: str, exit_code: int = 2) -> NoReturn:
 
 
 def simulate(jobs: Sequence[Job], processes: int | None, sample_every_s: float = float("inf")) -> list[list[Phase]]:
-    """A process for every run, with a bar over all their phases on a terminal."""
+    """A process for every run that differs, with a bar over all their phases on a terminal."""
+    differing = {job.key: job for job in jobs}
     context = multiprocessing.get_context("spawn")
     done = context.Value("q", 0)
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed} of {task.total}"), TimeRemainingColumn())
-    workers = min(len(jobs), processes or os.cpu_count() or 1)
+    workers = min(len(differing), processes or os.cpu_count() or 1)
     with (
         Progress(*columns, console=console, disable=not console.is_terminal) as bar,
         ProcessPoolExecutor(workers, context, _share, (done,)) as pool,
     ):
-        task = bar.add_task("phases", total=sum(job.phases for job in jobs))
-        futures = [pool.submit(_work, job, sample_every_s) for job in jobs]
-        left = set(futures)
+        task = bar.add_task("phases", total=sum(job.phases for job in differing.values()))
+        futures = {key: pool.submit(_work, job, sample_every_s) for key, job in differing.items()}
+        left = set(futures.values())
         while left:
             left = wait(left, timeout=0.5).not_done
             bar.update(task, completed=done.value)
-        return [future.result() for future in futures]
+        return [futures[job.key].result() for job in jobs]
 
 
 _done: Any = None

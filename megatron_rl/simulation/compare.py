@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_rl.config.simulate import Scheduler, SimulationRun
+from megatron_rl.config.simulate import CountConfig, Scheduler, SimulationRun
 from megatron_rl.scheduler.c3po_pp import Settings
 from megatron_rl.simulation import lengths as length_files
 from megatron_rl.simulation.cluster import Cluster, Phase, Workload
@@ -33,6 +33,14 @@ class Job:
     run: SimulationRun
     scheduler: Scheduler
     lengths: Lengths
+
+    @property
+    def key(self) -> tuple[SimulationRun, Scheduler]:
+        """Jobs of one key have one outcome."""
+        others: dict[str, Any] = {"against": (), "pool_capacity": self.run.pool, "jobs": None}
+        if self.scheduler != "count":
+            others["count"] = CountConfig()
+        return self.run.model_copy(update=others), self.scheduler
 
     @property
     def settings(self) -> Settings:

@@ -246,3 +246,11 @@ def test_the_first_claim_holds_in_small_on_real_lengths() -> None:
     price = train_s_per_token(run, base_phases)
     judged = claim.judge(ours.result(ours.simulate(lambda: None), price), base.result(base_phases, price))
     assert all(holds for name, *_, holds in judged if name in claim.at_least), judged
+
+
+def test_what_a_scheduler_does_not_look_at_makes_no_other_run() -> None:
+    run, lengths = SimulationRun(), of(_1=1)
+    other = SimulationRun.model_validate({"count": {"places": "rollouts"}, "pool_capacity": 3840, "against": []})
+    assert Job(run, "c3po_pp", lengths).key == Job(other, "c3po_pp", lengths).key
+    assert Job(run, "count", lengths).key != Job(other, "count", lengths).key
+    assert len({Job(run, "c3po_pp", lengths).key, Job(other, "c3po_pp", lengths).key, reference(run, lengths).key}) == 2
