@@ -21,7 +21,8 @@ A pool that starts empty trains its short rollouts first. A warm start lets the 
 groups that it began with.
 
 Under dynamic sampling (DAPO, arXiv 2503.14476, section 3.2) a group without a gradient leaves the training pool when it is judged,
-no phase ends on its account, and it makes room for another.
+and makes room for another: within the budget, or in the baselines until RESAMPLE times a phase's groups were useless. What can only
+produce such groups does not keep a phase from ending.
 
 Invariants (tests/property/test_c3po_pp.py):
 - conservation: each member of each offered group is in the pool, waits finished for its siblings, is in the training pool, or has
@@ -92,6 +93,7 @@ __all__ = [
 ]
 
 ENDED = ("finished", "released")
+RESAMPLE = 10
 Status = Literal["waiting", "running", "finished", "released"]  # released: early, its siblings are still at it
 
 
@@ -244,11 +246,12 @@ def metrics(state: State, settings: Settings) -> dict[str, float]:
 
 def _complete(state: State, settings: Settings) -> bool:
     useful = state.counts.released - state.counts.unjudged
+    enough = useful >= settings.target or state.counts.useless >= RESAMPLE * settings.target
     if settings.policy == "synchronous":
-        return not state.groups and useful >= settings.pool_capacity // settings.group_size
+        return not state.groups and enough
     if settings.policy == "count":
-        return useful >= settings.groups_per_phase
-    something = len(state.training_pool) > state.counts.unjudged or state.ready > 0
+        return enough
+    something = len(state.training_pool) > state.counts.unjudged or state.ready > 0 or state.counts.useless > 0
     return spent(state, settings) >= settings.token_budget and something and not state.first_fill
 
 
@@ -265,7 +268,7 @@ def _has_room(state: State, settings: Settings) -> bool:
     if settings.policy == "count":  # those that ended keep their place until the next phase
         return state.unfinished + state.counts.ended + (state.wants + 1) * settings.group_size <= settings.pool_capacity
     if settings.policy == "synchronous":
-        return underway + state.counts.released < settings.pool_capacity // settings.group_size
+        return underway + state.counts.released < settings.target and state.counts.useless < RESAMPLE * settings.target
     return spent(state, settings) < settings.token_budget or underway + state.counts.unjudged == 0
 
 

@@ -30,6 +30,11 @@ class Settings:
         if self.token_budget < 1 or self.retention_bound < 0 or not 1 <= self.group_size <= self.pool_capacity:
             raise ValueError(f"token_budget >= 1, retention_bound >= 0 and 1 <= group_size <= pool_capacity do not hold: {self}")
 
+    @property
+    def target(self) -> int:
+        """Groups that end a phase of the baselines."""
+        return self.groups_per_phase if self.policy == "count" else self.pool_capacity // self.group_size
+
 
 def rollout_id(group_id: str, sample: int) -> str:
     return f"{group_id}#{sample}"

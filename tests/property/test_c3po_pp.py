@@ -295,12 +295,22 @@ def test_a_useless_group_ends_no_phase_and_makes_room_for_another() -> None:
     assert list(state.training_pool) == ["b", "c"] and metrics(state, settings)["rollout/useless_groups"] == 1.0
 
 
-def test_a_spent_budget_waits_for_a_useful_group() -> None:
+def test_a_spent_budget_waits_for_a_judgement_and_not_for_a_useful_group() -> None:
     state = started(DYNAMIC, "a", "b")
     play(state, DYNAMIC, Generated("a#0", 50), Finished("a#0"), Finished("a#1"))
     assert state.phase == "running"
-    assert play(state, DYNAMIC, Judged("a", False), Finished("b#0"), Finished("b#1")) == [released("b")]
-    assert step(state, Judged("b", True), DYNAMIC) == [PhaseDone()]
+    assert step(state, Judged("a", False), DYNAMIC) == [StopAll()]
+
+
+@pytest.mark.parametrize("policy", ["synchronous", "count"])
+def test_useless_groups_alone_do_not_keep_a_baseline_at_it_for_ever(policy: str) -> None:
+    settings = replace(COUNT, policy=policy, pool_capacity=4, dynamic_sampling=True)
+    state = started(settings)
+    for number in range(20):
+        assert state.phase == "running" and state.wants
+        name = f"g{number}"
+        play(state, settings, GroupOffered(name), Finished(f"{name}#0"), Finished(f"{name}#1"), Judged(name, False))
+    assert state.phase == "idle" and not state.training_pool
 
 
 def test_a_group_is_judged_once() -> None:
@@ -607,7 +617,7 @@ class Interleavings(RuleBasedStateMachine):
         self.start_phase(self.version + 1)
         while self.in_phase:
             self.advance()
-        assert self.released
+        assert self.released or self.state.counts.useless
         if self.settings.policy == "c3po_pp":
             assert spent(self.state, self.settings) >= self.settings.token_budget
         elif self.settings.policy == "count":
