@@ -148,8 +148,9 @@ class Run:
             "train_s": median("time/train_s"),
             "trained_tokens_per_step": median("train/tokens"),
             "trained_tokens_per_s": round(sum(row["train/tokens"] for row in steady) / seconds),
-            "trained_tokens_per_rollout_s": round(
-                sum(row["train/tokens"] for row in steady) / sum(row["time/rollout_s"] for row in steady)
+            "generated_tokens_per_s": round(sum(row["rollout/generated_tokens"] for row in steady) / seconds),
+            "generated_tokens_per_rollout_s": round(
+                sum(row["rollout/generated_tokens"] for row in steady) / sum(row["time/rollout_s"] for row in steady)
             ),
             "engine_idle_fraction": median("rollout/engine_idle_fraction"),
             "response_tokens_mean": round(statistics.fmean(row["response/tokens_mean"] for row in steady), 1),
