@@ -37,8 +37,6 @@ class CountConfig(Config):
 
     over_sample: float = Field(default=2.0, ge=1.0)  # prompts in the pool over prompts that end a phase
     unfinished: Literal["carry", "discard"] = "carry"
-    # slime's way (slime/rollout/sglang_rollout.py, generate_rollout_async) is prompts
-    places: Literal["prompts", "rollouts"] = "prompts"  # a group keeps its places till all have ended, or each member its own
 
 
 class TableConfig(Config):

@@ -11,8 +11,8 @@ wanted, but what is in the pool goes on until a group is complete: since the poo
 none lives for ever.
 
 Two baselines are policies of the same machine. "synchronous": pool_capacity // group_size groups, all waited for, nothing carried.
-"count" over-samples: the pool is filled at the start of a phase, which ends when groups_per_phase are complete (DAPO's and slime's
-way); the rest is carried, or dropped and offered again.
+"count" over-samples: pool_capacity // group_size groups at the start of a phase, which ends when groups_per_phase of them are
+complete (slime's way: rollout/sglang_rollout.py, generate_rollout_async); the rest is carried, or dropped and offered again.
 
 A group trains when all its members have finished; under early release what has finished of it by the end of a phase, if that is
 more than one member, trains as a part, against the rewards of all that have ended.
@@ -110,7 +110,6 @@ class Counts:
 
     generated: int = 0  # tokens
     finished: int = 0  # tokens of the rollouts that finished, earlier phases' share included
-    ended: int = 0  # rollouts that finished
     released: int = 0  # groups, without those found to carry no gradient
     unjudged: int = 0  # of the released, under dynamic sampling
     useless: int = 0  # groups found to carry no gradient, under dynamic sampling
@@ -194,7 +193,7 @@ def step(state: State, event: Event, settings: Settings) -> list[Action]:
             if state.phase == "running":
                 _stop(state, settings, actions)
         case Judged(part_id, useful):
-            _judge(state, part_id, useful, settings.group_size)
+            _judge(state, part_id, useful)
         case Trained(part_ids):
             for part_id in part_ids:
                 if part_id not in state.training_pool:
@@ -265,8 +264,8 @@ def _has_room(state: State, settings: Settings) -> bool:
     if state.unfinished + (state.wants + 1) * settings.group_size > settings.pool_capacity:
         return False
     underway = len(state.groups) + state.wants
-    if settings.policy == "count":  # those that ended keep their place until the next phase
-        return state.unfinished + state.counts.ended + (state.wants + 1) * settings.group_size <= settings.pool_capacity
+    if settings.policy == "count":  # a group keeps its places until it is complete, and then until the phase ends
+        return underway + state.counts.released < settings.pool_capacity // settings.group_size
     if settings.policy == "synchronous":
         return underway + state.counts.released < settings.target and state.counts.useless < RESAMPLE * settings.target
     return spent(state, settings) < settings.token_budget or underway + state.counts.unjudged == 0
@@ -338,7 +337,7 @@ def _admit(state: State, group_id: str, settings: Settings, actions: list[Action
     size = settings.group_size
     state.groups[group_id] = [Member() for _ in range(size)]
     state.unfinished += size
-    if settings.warm_start and state.is_first_phase and not state.counts.ended:
+    if settings.warm_start and state.is_first_phase and not state.counts.generated:
         state.first_fill[group_id] = None
     if state.phase == "running":
         for sample in range(size):
@@ -357,7 +356,6 @@ def _finish(state: State, name: str, settings: Settings, actions: list[Action]) 
     state.running -= 1
     state.unfinished -= 1
     state.counts.finished += member.tokens
-    state.counts.ended += 1
     group_id = group_of(name)
     members = state.groups[group_id]
     early = settings.group_release == "early"
@@ -389,7 +387,7 @@ def _is_ready(members: list[Member]) -> bool:
     return any(m.status == "finished" for m in members) and sum(m.status in ENDED for m in members) > 1
 
 
-def _judge(state: State, group_id: str, useful: bool, size: int) -> None:
+def _judge(state: State, group_id: str, useful: bool) -> None:
     if group_id not in state.training_pool or not state.counts.unjudged:
         raise ValueError(f"group {group_id} was judged, but it does not wait for that")
     state.counts.unjudged -= 1
@@ -397,7 +395,6 @@ def _judge(state: State, group_id: str, useful: bool, size: int) -> None:
         del state.training_pool[group_id]
         state.counts.released -= 1
         state.counts.useless += 1
-        state.counts.ended -= size
 
 
 def _retention(state: State, member: Member) -> int:

@@ -54,10 +54,4 @@ CLAIMS = (
         {"lengths.max_tokens": 32_768},
     ),
     Claim("pool of 7,680, prefill charged", "count", {"rollout_speedup": 1.7}, {"pool_capacity": 7_680}),
-    Claim(
-        "the same, its pool refilled to the last rollout",
-        "count",
-        {"rollout_speedup": 1.0},
-        {"pool_capacity": 7_680, "count.places": "rollouts"},
-    ),
 )

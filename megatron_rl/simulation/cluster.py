@@ -70,17 +70,9 @@ class Phase:
 
 class Cluster:
     def __init__(
-        self,
-        settings: sched.Settings,
-        model: EngineModel,
-        engines: int,
-        workload: Workload,
-        stream_interval: int,
-        max_prompts: float = math.inf,
+        self, settings: sched.Settings, model: EngineModel, engines: int, workload: Workload, stream_interval: int
     ) -> None:
-        """`max_prompts`: no more are offered while so many are unfinished or were released in this phase."""
         self.settings, self.model, self.workload, self.stream_interval = settings, model, workload, stream_interval
-        self.max_prompts = max_prompts
         self.sample_every_s = math.inf  # of the batches of all engines, for a picture
         self.state = sched.State()
         self.events = 0  # that the scheduler has seen
@@ -227,8 +219,7 @@ class Cluster:
     def _do(self, action: sched.Action) -> Iterator[sched.Event]:
         match action:
             case sched.WantGroup():
-                if len(self.rollouts) // self.settings.group_size + self.state.counts.released < self.max_prompts:
-                    yield sched.GroupOffered(self._take_prompt())
+                yield sched.GroupOffered(self._take_prompt())
             case sched.Start(rollout_id):
                 self._waiting.append(rollout_id)
             case sched.StopAll():

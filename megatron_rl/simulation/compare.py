@@ -90,9 +90,7 @@ class Job:
         """`progress` is called after every phase. The last phases are sampled, for a picture."""
         run = self.run
         workload = Workload(self.lengths, run.lengths.seed, run.lengths.members, run.lengths.again)
-        by_prompts = self.scheduler == "count" and run.count.places == "prompts"
-        max_prompts = run.pool // run.group_size if by_prompts else math.inf
-        cluster = Cluster(self.settings, self.model, run.engines.count, workload, run.engines.stream_interval, max_prompts)
+        cluster = Cluster(self.settings, self.model, run.engines.count, workload, run.engines.stream_interval)
         phases = []
         for number in range(self.phases):
             if number >= self.phases - PICTURED:
