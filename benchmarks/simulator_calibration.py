@@ -2,9 +2,9 @@
 
     OMP_NUM_THREADS=1 python benchmarks/simulator_calibration.py [--rounds 5]
 
-Starts one SGLang server on the CPU (a random BailingMoeV2 of the quickstart's size, one thread), and fits the model's three numbers
-to it: fixed-length batches of 1 to 64 give the decode step (step_s + step_s_per_rollout x batch), long prompts the prefill rate. Then
-phases that were no part of the fit are run and simulated with the same lengths (megatron_rl/simulation/engine.py):
+Starts one SGLang server on the CPU (a random BailingMoeV2 of the quickstart's size, one thread), and fits the model's three
+numbers to it: fixed-length batches of 1 to 64 give the decode step (step_s + step_s_per_rollout x batch), long prompts the prefill
+rate. Then phases that were no part of the fit are run and simulated with the same lengths (megatron_rl/simulation/engine.py):
 - tailed: 64 rollouts of long-tailed lengths at once, as a synchronous phase has them;
 - queued: 192 such rollouts through 64 slots.
 Requests go over HTTP and stream every token's log-prob, as in production. Medians of --rounds.
