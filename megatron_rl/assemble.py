@@ -39,6 +39,7 @@ from megatron_rl.types import Group, Prompt, SamplingParams
 if TYPE_CHECKING:
     from megatron_rl.checkpoint.store import CheckpointStore
     from megatron_rl.engine.launcher import SglangEngines
+    from megatron_rl.loops.conductor import Conductor
     from megatron_rl.loops.parts import RlParts
     from megatron_rl.policy import MegatronPolicy, MegatronRanks
     from megatron_rl.resharding.execute import Resharder
@@ -175,68 +176,20 @@ def policy_parts(config: RlRun | SftRun, run_dir: Path, stack: ExitStack) -> Pol
 
 def rl_parts(config: RlRun, run_dir: Path, core: PolicyParts, stop: StopFlag, stack: ExitStack) -> RlParts:
     from megatron_rl.algorithms.loss import policy_loss
-    from megatron_rl.engine.weights import EngineWeights
-    from megatron_rl.loops.batches import usable_groups
-    from megatron_rl.loops.conductor import Conductor
-    from megatron_rl.loops.journal import Journal
     from megatron_rl.loops.parts import RlParts
     from megatron_rl.resharding.execute import Resharder
     from megatron_rl.resharding.push import PushToEngines, frozen
-    from megatron_rl.resharding.quantizing import QuantizingSink
 
-    rollout, algorithm = config.rollout, config.algorithm
-    conductor = engines = evaluator = None
-    sink: WeightSink | None = None
-    if core.ranks.rank == 0:
-        tokenizer = core.tokenizer
-        prompts = read_prompts(config.data.train, tokenizer, rollout.max_prompt_tokens, config.data.chat_template)
-        rewards = RewardPool(config.reward.workers, config.reward.timeout_s, tokenizer.decode)
-        stack.callback(rewards.close)
-        runner = stack.enter_context(asyncio.Runner())
-        shape = architecture_only(config, run_dir, tokenizer)
-        empty = config.engine.model_copy(update={"server_args": {"load_format": "dummy"} | config.engine.server_args})
-        engines = sglang_engines(empty, shape, run_dir, config.model.max_position_embeddings, config.run.seed, stack)
-        sync = config.engine.sync
-        sink = EngineWeights(engines, config.engine.tp, sync.timeout_s, sync.transport)
-        if sync.quantize == "fp8":
-            sink = QuantizingSink(sink, sync.verify)
-        sampling = sampling_params(rollout.temperature, rollout.max_response_tokens, tokenizer, rollout.top_p, rollout.top_k)
-        settings = Settings(
-            token_budget=rollout.token_budget,
-            pool_capacity=rollout.pool_capacity,
-            group_size=rollout.group_size,
-            retention_bound=rollout.sigma,
-            budget_counts=rollout.budget_counts,
-            on_stale=rollout.on_stale,
-            policy=rollout.scheduler,
-            groups_per_phase=rollout.groups_per_phase or 0,
-            unfinished=rollout.unfinished,
-            warm_start=rollout.warm_start,
-            group_release=rollout.group_release,
-            dynamic_sampling=algorithm.zero_variance == "resample",
-        )
-        stream = PromptStream(prompts, config.run.seed, config.data.shuffle)
-        about = {"model": config.model.model_dump(mode="json"), "reward": config.reward.model_dump(mode="json")}
-        journal = Journal(run_dir / "journal", about)
-        tell_outlook(settings, config)
-
-        def is_useful(group: Group) -> bool:
-            failed, advantage = config.reward.exclude_failed, algorithm.advantage
-            return bool(usable_groups([group], advantage=advantage, zero_variance="drop", exclude_failed=failed))
-
-        conductor = Conductor(settings, sampling, engines, rewards, stream, journal, stop, runner, rollout.timeout_s, is_useful)
-        if config.data.eval:
-            held_out = evaluation_prompts(config, tokenizer, rollout.max_prompt_tokens)
-            evaluator = Evaluator(config.eval, held_out, sampling, engines, rewards, tokenizer.encode, tokenizer.decode, runner)
-    bucket_bytes = int(config.engine.sync.bucket_mb * 2**20)
+    algorithm, sync = config.algorithm, config.engine.sync
+    rollouts = rollout_parts(config, run_dir, core.tokenizer, stop, stack) if core.ranks.rank == 0 else RolloutParts()
     resharder = Resharder(
         config.model,
         config.parallel,
         core.policy.weights,
         core.ranks,
-        bucket_bytes,
+        int(sync.bucket_mb * 2**20),
         frozen=frozen(config.model),
-        timeout_s=2 * config.engine.sync.timeout_s,  # another rank may be waiting for an engine as long as it may
+        timeout_s=2 * sync.timeout_s,  # another rank may be waiting for an engine as long as it may
     )
     loss = policy_loss(
         correction=algorithm.correction.kind,
@@ -252,13 +205,78 @@ def rl_parts(config: RlRun, run_dir: Path, core: PolicyParts, stop: StopFlag, st
         ranks=core.ranks,
         policy=core.policy,
         loss=loss,
-        sync=PushToEngines(resharder, sink, config.engine.sync.verify),
+        sync=PushToEngines(resharder, rollouts.sink, sync.verify),
         store=core.store,
         tracker=core.tracker,
         device=core.ranks.device,
-        conductor=conductor,
-        engines=engines,
-        evaluator=evaluator,
+        conductor=rollouts.conductor,
+        engines=rollouts.engines,
+        evaluator=rollouts.evaluator,
+    )
+
+
+@dataclass(frozen=True)
+class RolloutParts:
+    """What rank 0 has."""
+
+    conductor: Conductor | None = None
+    engines: SglangEngines | None = None
+    sink: WeightSink | None = None
+    evaluator: Evaluator | None = None
+
+
+def rollout_parts(config: RlRun, run_dir: Path, tokenizer: Tokenizer, stop: StopFlag, stack: ExitStack) -> RolloutParts:
+    from megatron_rl.engine.weights import EngineWeights
+    from megatron_rl.loops.batches import usable_groups
+    from megatron_rl.loops.conductor import Conductor
+    from megatron_rl.loops.journal import Journal
+    from megatron_rl.resharding.quantizing import QuantizingSink
+
+    rollout, algorithm, sync = config.rollout, config.algorithm, config.engine.sync
+    prompts = read_prompts(config.data.train, tokenizer, rollout.max_prompt_tokens, config.data.chat_template)
+    rewards = RewardPool(config.reward.workers, config.reward.timeout_s, tokenizer.decode)
+    stack.callback(rewards.close)
+    runner = stack.enter_context(asyncio.Runner())
+    shape = architecture_only(config, run_dir, tokenizer)
+    empty = config.engine.model_copy(update={"server_args": {"load_format": "dummy"} | config.engine.server_args})
+    engines = sglang_engines(empty, shape, run_dir, config.model.max_position_embeddings, config.run.seed, stack)
+    sink: WeightSink = EngineWeights(engines, config.engine.tp, sync.timeout_s, sync.transport)
+    if sync.quantize == "fp8":
+        sink = QuantizingSink(sink, sync.verify)
+    sampling = sampling_params(rollout.temperature, rollout.max_response_tokens, tokenizer, rollout.top_p, rollout.top_k)
+    settings = scheduler_settings(config)
+    tell_outlook(settings, config)
+    stream = PromptStream(prompts, config.run.seed, config.data.shuffle)
+    about = {"model": config.model.model_dump(mode="json"), "reward": config.reward.model_dump(mode="json")}
+    journal = Journal(run_dir / "journal", about)
+
+    def is_useful(group: Group) -> bool:
+        failed, advantage = config.reward.exclude_failed, algorithm.advantage
+        return bool(usable_groups([group], advantage=advantage, zero_variance="drop", exclude_failed=failed))
+
+    conductor = Conductor(settings, sampling, engines, rewards, stream, journal, stop, runner, rollout.timeout_s, is_useful)
+    evaluator = None
+    if config.data.eval:
+        held_out = evaluation_prompts(config, tokenizer, rollout.max_prompt_tokens)
+        evaluator = Evaluator(config.eval, held_out, sampling, engines, rewards, tokenizer.encode, tokenizer.decode, runner)
+    return RolloutParts(conductor, engines, sink, evaluator)
+
+
+def scheduler_settings(config: RlRun) -> Settings:
+    rollout = config.rollout
+    return Settings(
+        token_budget=rollout.token_budget,
+        pool_capacity=rollout.pool_capacity,
+        group_size=rollout.group_size,
+        retention_bound=rollout.sigma,
+        budget_counts=rollout.budget_counts,
+        on_stale=rollout.on_stale,
+        policy=rollout.scheduler,
+        groups_per_phase=rollout.groups_per_phase or 0,
+        unfinished=rollout.unfinished,
+        warm_start=rollout.warm_start,
+        group_release=rollout.group_release,
+        dynamic_sampling=config.algorithm.zero_variance == "resample",
     )
 
 
