@@ -15,6 +15,7 @@ Invariants:
 from __future__ import annotations
 
 import asyncio
+import errno
 import http.client
 import itertools
 import json
@@ -278,7 +279,8 @@ def _sampling(request: GenerateRequest) -> dict[str, Any]:
 
 
 def _reason(error: BaseException) -> str:
-    if isinstance(error, (aiohttp.ClientPayloadError, aiohttp.ServerDisconnectedError, ConnectionResetError, BrokenPipeError)):
+    broken = (aiohttp.ClientPayloadError, aiohttp.ServerDisconnectedError, ConnectionResetError, BrokenPipeError)
+    if isinstance(error, broken) or (isinstance(error, OSError) and error.errno in (errno.ECONNRESET, errno.EPIPE)):
         return "the connection broke"  # whatever the message was in the middle of
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
 

@@ -79,6 +79,7 @@ def test_a_megatron_checkpoint_of_any_layout_loads_at_any_other(tried: tuple[Pat
     assert [line for line in output.splitlines() if line.startswith("WRONG")] == []
 
 
+@pytest.mark.slow
 def test_an_interrupted_and_then_killed_conversion_is_finished_by_other_ranks(tmp_path: Path, repo_root: Path) -> None:
     source, target, tool = (
         write_family(tmp_path / "hf", "qwen3_moe", num_hidden_layers=8),

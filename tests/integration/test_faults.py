@@ -238,6 +238,7 @@ def test_a_broken_connection_loses_the_engine(story: Story, port: int, caplog: p
     assert line.startswith(f"{SECOND} ({HOST}:{proxy.port}): /generate: the connection broke; its ")
 
 
+@pytest.mark.slow
 def test_an_abort_without_an_answer_ends_within_its_limit(story: Story, port: int, caplog: pytest.LogCaptureFixture) -> None:
     proxy = story.fleet.put_proxy(port + 1)
     started = time.monotonic()
@@ -249,6 +250,7 @@ def test_an_abort_without_an_answer_ends_within_its_limit(story: Story, port: in
     story.fleet.remove_proxy()
 
 
+@pytest.mark.slow
 def test_a_server_that_stands_still(story: Story, caplog: pytest.LogCaptureFixture) -> None:
     """All its processes: it accepts connections and never answers. The other ends the phase alone."""
     group = os.getpgid(story.fleet.processes(SECOND)[0].pid)
@@ -263,6 +265,7 @@ def test_a_server_that_stands_still(story: Story, caplog: pytest.LogCaptureFixtu
     assert [engine.name for engine in story.fleet.alive] == [FIRST]
 
 
+@pytest.mark.slow
 def test_a_killed_server_was_the_last_and_both_come_back(story: Story, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     server = story.fleet.processes(FIRST)[0]
