@@ -8,7 +8,7 @@ import time
 
 import torch
 import torch.distributed as dist
-from layout_run import MODEL
+from layout_run import MODELS
 from megatron_rl_kernels.logprob import token_logprobs
 
 from megatron_rl.config.model import ParallelConfig
@@ -18,7 +18,7 @@ from megatron_rl.policy.logprobs import row_logprobs
 
 def late(seconds: float, limit: float) -> dict[str, object]:
     """Rank 0 comes `seconds` late to a broadcast."""
-    ranks = MegatronRanks(ParallelConfig(timeout_s=limit), MODEL)
+    ranks = MegatronRanks(ParallelConfig(timeout_s=limit), MODELS["ling"])
     if ranks.rank == 0:
         time.sleep(seconds)
     started, busy = time.monotonic(), time.process_time()
