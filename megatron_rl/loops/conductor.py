@@ -232,9 +232,7 @@ class _PhaseWork:
                         unfinished.discard(message.rollout_id)
                         self.dispatch.left(engine.name, message.rollout_id, at_its_end=True)
         except EngineLost as error:
-            if engine.name not in self.lost:
-                log.warning("%s; its %d rollouts go on elsewhere", error, len(self.dispatch.in_flight[engine.name]))
-            self.lost.add(engine.name)
+            self._lose(engine, error)
         for rollout_id in unfinished:
             self.dispatch.left(engine.name, rollout_id, at_its_end=False)
         if unfinished:
@@ -246,13 +244,21 @@ class _PhaseWork:
 
     async def _abort_until_quiet(self) -> None:
         while self.dispatch.any_in_flight:
-            results = await asyncio.gather(*(engine.abort() for engine in self._alive()), return_exceptions=True)
-            for error in results:
-                if isinstance(error, BaseException) and not isinstance(error, EngineLost):  # a lost one ends its streams itself
-                    raise error
+            await asyncio.gather(*(self._abort(engine) for engine in self._alive()))
             deadline = time.monotonic() + ABORT_REPEAT_S
             while self.dispatch.any_in_flight and time.monotonic() < deadline:
                 await asyncio.sleep(0.002)
+
+    async def _abort(self, engine: Engine) -> None:
+        try:
+            await engine.abort()
+        except EngineLost as error:  # its streams end by themselves, if they have not yet
+            self._lose(engine, error)
+
+    def _lose(self, engine: Engine, error: EngineLost) -> None:
+        if engine.name not in self.lost:
+            log.warning("%s; its %d rollouts go on elsewhere", error, len(self.dispatch.in_flight[engine.name]))
+        self.lost.add(engine.name)
 
     async def _watch_for_stop(self) -> None:
         while not self.c.stop.requested:

@@ -3,8 +3,6 @@ group is handed out once, and each fault is one line of the log.
 
 Two SGLang servers under a real conductor; the second is met through a proxy that can be late, break, garble and swallow. The pool
 is carried from test to test, and the servers are stopped and killed last.
-
-    pytest -m slow tests/integration/test_faults.py      # one more: a scheduler stopped behind its HTTP server
 """
 
 from __future__ import annotations
@@ -18,7 +16,7 @@ import signal
 import time
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -41,8 +39,18 @@ from megatron_rl.types import GenerateRequest, Progress, SamplingParams
 pytestmark = [pytest.mark.sglang, pytest.mark.timeout(300)]
 HOST, KEY, STALL_S, STREAM_INTERVAL = "127.0.0.1", "secret", 3.0, 4
 GROUP, POOL, BUDGET, LONGEST = 4, 32, 2_000, 300  # a random model of 64 tokens ends after 64 on average
-LONG = 5 * BUDGET  # more than one engine generates until the other counts as wedged
+PATIENCE_S = 40.0  # of a slow machine
 FIRST, SECOND = "engine_0", "engine_1"
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Done to `engine` once it has streamed 100 tokens of a phase. The other one's tokens beyond a quarter of the budget are
+    not read until the fault `shows`: however fast it is, the phase does not end before."""
+
+    engine: str
+    do: Callable[[], None] = lambda: None
+    shows: Callable[[], bool] = lambda: True
 
 
 class Recorder:
@@ -60,9 +68,11 @@ class Recorder:
                 fleet.streamed[message.rollout_id] += message.tokens
                 fleet.tokens[self.name] += len(message.tokens)
             yield messages
-            if fleet.fault and fleet.tokens[self.name] >= 100 and self.name == fleet.fault[0]:
-                (_, do), fleet.fault = fleet.fault, None
-                do()
+            if fleet.fault and not fleet.fault_done and self.name == fleet.fault.engine and fleet.tokens[self.name] >= 100:
+                fleet.fault.do()
+                fleet.fault_done = True
+            while fleet.holds_back(self.name):
+                await asyncio.sleep(0.01)
 
     async def abort(self, rollout_ids: Iterable[str] | None = None) -> None:
         await self.engine.abort(rollout_ids)
@@ -76,27 +86,34 @@ class Fleet:
         self.proxy: TcpProxy | None = None
         self.streamed: dict[str, tuple[int, ...]] = defaultdict(tuple)
         self.tokens: dict[str, int] = defaultdict(int)  # of the present phase, by engine
-        self.fault: tuple[str, Callable[[], None]] | None = None  # once that engine has streamed 100 tokens of a phase
+        self.fault: Fault | None = None  # of the present phase
+        self.fault_done = False
         self._run_dir = run_dir
         self._through: SglangEngine | None = None
 
     def put_proxy(self, port: int) -> TcpProxy:
         """In front of the second engine: a client that has met no fault yet."""
-        if self.proxy:
-            self.proxy.close()
+        self.remove_proxy()
         self.proxy = TcpProxy((HOST, port))
         self._through = SglangEngine(SECOND, HOST, self.proxy.port, KEY, TINY_CONFIG["vocab_size"], 60.0, STALL_S)
         return self.proxy
 
     def remove_proxy(self) -> None:
-        assert self.proxy
-        self.proxy.close()
+        if self.proxy:
+            self.proxy.close()
         self.proxy = self._through = None
 
     @property
     def alive(self) -> list[Recorder]:
         engines = [self._through if self._through and e.name == SECOND else e for e in self.servers.alive]
         return [Recorder(engine, self) for engine in engines if engine.lost is None]
+
+    def holds_back(self, name: str) -> bool:
+        waits = self.fault is not None and not (self.fault_done and self.fault.shows())
+        return waits and name != self.fault.engine and self.tokens[name] >= BUDGET / 4
+
+    def is_lost(self, name: str) -> bool:
+        return name not in {engine.name for engine in self.alive}
 
     def processes(self, name: str) -> list[psutil.Process]:
         """The HTTP server, then its scheduler."""
@@ -157,25 +174,23 @@ class Story:
         sink.send(weights)
         sink.end(self.version)
 
-    def phase(self, fault: tuple[str, Callable[[], None]] | None = None, budget: int = BUDGET) -> Phase:
+    def phase(self, fault: Fault) -> Phase:
         self.version += 1
-        self.conductor.pool.settings = replace(self.conductor.pool.settings, token_budget=budget)
         self.fleet.tokens.clear()
-        self.fleet.fault = fault
+        self.fleet.fault, self.fleet.fault_done = fault, False
         self.push()
         return self.go_on()
 
     def go_on(self) -> Phase:
         phase = self.conductor.phase(self.version)
-        assert self.fleet.fault is None, "it never came to the fault"
+        assert self.fleet.fault_done, "it never came to the fault"
         if phase.status == "done":
             assert phase.metrics["rollout/generated_tokens"] == sum(self.fleet.tokens.values())
             self.check(phase)
         return phase
 
     def check(self, phase: Phase) -> None:
-        over = phase.metrics["rollout/generated_tokens"] - self.conductor.pool.settings.token_budget
-        assert 0 <= over < 8 * POOL * STREAM_INTERVAL, "a few messages of each rollout after the budget"
+        assert phase.metrics["rollout/generated_tokens"] >= BUDGET  # by how much more depends on the machine
         self.trained += [group.id for group in phase.groups]
         assert phase.groups and len(self.trained) == len(set(self.trained))
         for group in phase.groups:
@@ -201,8 +216,7 @@ def warnings(log: pytest.LogCaptureFixture) -> list[str]:
 
 
 def test_without_a_fault_there_is_no_line(story: Story, caplog: pytest.LogCaptureFixture) -> None:
-    assert story.phase().status == "done"
-    assert all(story.fleet.tokens[name] > BUDGET / 5 for name in (FIRST, SECOND))
+    assert story.phase(Fault(SECOND)).status == "done"
     assert warnings(caplog) == []
 
 
@@ -212,7 +226,7 @@ def test_answers_that_are_late_are_waited_for(story: Story, port: int, caplog: p
     def delay() -> None:
         proxy.delay_s = STALL_S / 6
 
-    assert story.phase((SECOND, delay)).status == "done"
+    assert story.phase(Fault(SECOND, delay)).status == "done"
     assert warnings(caplog) == []
 
 
@@ -226,38 +240,35 @@ def test_garbage_in_the_stream_loses_the_engine(
     def garble() -> None:
         proxy.garble = (b'"output_ids":[', b'"output_ids":' + instead)
 
-    assert story.phase((SECOND, garble)).status == "done"
+    assert story.phase(Fault(SECOND, garble)).status == "done"
     [line] = warnings(caplog)
     assert line.startswith(f"{SECOND} ({HOST}:{proxy.port}): /generate{cause}") and line.endswith("rollouts go on elsewhere")
 
 
 def test_a_broken_connection_loses_the_engine(story: Story, port: int, caplog: pytest.LogCaptureFixture) -> None:
     proxy = story.fleet.put_proxy(port + 1)
-    assert story.phase((SECOND, proxy.cut)).status == "done"
+    assert story.phase(Fault(SECOND, proxy.cut)).status == "done"
     [line] = warnings(caplog)
     assert line.startswith(f"{SECOND} ({HOST}:{proxy.port}): /generate: the connection broke; its ")
 
 
-@pytest.mark.slow
 def test_an_abort_without_an_answer_ends_within_its_limit(story: Story, port: int, caplog: pytest.LogCaptureFixture) -> None:
     proxy = story.fleet.put_proxy(port + 1)
     started = time.monotonic()
-    proxy.swallows.add(b"POST /abort_request")
-    assert story.phase().status == "done"
-    assert time.monotonic() - started < STALL_S + 15
+    assert story.phase(Fault(SECOND, lambda: proxy.swallows.add(b"POST /abort_request"))).status == "done"
+    assert STALL_S < time.monotonic() - started < STALL_S + PATIENCE_S
     [line] = warnings(caplog)
     assert line.startswith(f"{SECOND} ({HOST}:{proxy.port}): /abort_request was not answered for engine.stall_timeout_s=3; its ")
-    story.fleet.remove_proxy()
 
 
-@pytest.mark.slow
 def test_a_server_that_stands_still(story: Story, caplog: pytest.LogCaptureFixture) -> None:
     """All its processes: it accepts connections and never answers. The other ends the phase alone."""
+    story.fleet.remove_proxy()
     group = os.getpgid(story.fleet.processes(SECOND)[0].pid)
     started = time.monotonic()
-    fault = (SECOND, lambda: os.killpg(group, signal.SIGSTOP))
-    assert story.phase(fault, budget=LONG).status == "done"
-    assert 2 * STALL_S < time.monotonic() - started < 2 * STALL_S + 15
+    fault = Fault(SECOND, lambda: os.killpg(group, signal.SIGSTOP), lambda: story.fleet.is_lost(SECOND))
+    assert story.phase(fault).status == "done"
+    assert 2 * STALL_S < time.monotonic() - started < 2 * STALL_S + PATIENCE_S
     [line] = warnings(caplog)
     assert re.match(
         rf"{SECOND} \({HOST}:\d+\): wedged: it sent nothing for engine.stall_timeout_s=3, .*; its \d+ rollouts go on", line
@@ -265,26 +276,24 @@ def test_a_server_that_stands_still(story: Story, caplog: pytest.LogCaptureFixtu
     assert [engine.name for engine in story.fleet.alive] == [FIRST]
 
 
-@pytest.mark.slow
 def test_a_killed_server_was_the_last_and_both_come_back(story: Story, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     server = story.fleet.processes(FIRST)[0]
-    assert story.phase((FIRST, server.kill)).status == "no_engine"
+    assert story.phase(Fault(FIRST, server.kill)).status == "no_engine"
     [line] = warnings(caplog)
     assert re.match(rf"{FIRST} \({HOST}:\d+\): /generate: the connection broke; its \d+ rollouts go on", line)
     assert story.fleet.servers.recover() == [FIRST, SECOND]
+    story.fleet.fault, story.fleet.fault_done = Fault(SECOND), False
     story.push()
     assert story.go_on().status == "done"
-    assert all(story.fleet.tokens[name] > 0 for name in (FIRST, SECOND))
     assert warnings(caplog) == [line]
 
 
-@pytest.mark.slow
 def test_a_scheduler_that_stands_still_behind_its_server(story: Story, caplog: pytest.LogCaptureFixture) -> None:
     """The HTTP server goes on answering, an abort among others."""
     scheduler = story.fleet.processes(SECOND)[1]
-    assert story.phase((SECOND, scheduler.suspend), budget=LONG).status == "done"
+    assert story.phase(Fault(SECOND, scheduler.suspend, lambda: story.fleet.is_lost(SECOND))).status == "done"
     [line] = warnings(caplog)
     assert line.startswith(f"{SECOND} ({HOST}:") and ": wedged: it sent nothing for" in line
     assert story.fleet.servers.recover() == [SECOND]
-    assert story.phase().status == "done" and story.fleet.tokens[SECOND] > 0
+    assert story.phase(Fault(SECOND)).status == "done"
