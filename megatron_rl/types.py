@@ -42,6 +42,7 @@ class Rollout:
     engine_logprobs: tuple[float, ...] = ()
     versions: tuple[int, ...] = ()
     finish_reason: FinishReason | None = None  # None while unfinished
+    experts: bytes = b""  # rows (RoutingShape) of the first so many positions, those of the prompt included; empty: not recorded
 
     def __post_init__(self) -> None:
         if not len(self.tokens) == len(self.engine_logprobs) == len(self.versions):
@@ -57,6 +58,7 @@ class Rollout:
             engine_logprobs=self.engine_logprobs + progress.engine_logprobs,
             versions=self.versions + progress.versions,
             finish_reason=progress.finish_reason,
+            experts=self.experts + progress.experts,
         )
 
 
@@ -69,6 +71,26 @@ class Progress:
     engine_logprobs: tuple[float, ...]
     versions: tuple[int, ...]
     finish_reason: FinishReason | None = None
+    experts: bytes = b""  # rows that follow those it was asked to leave out
+
+
+@dataclass(frozen=True, slots=True)
+class RoutingShape:
+    """Of a record of routed experts. Row p holds the experts that the routers chose for position p of a sequence, MoE layer by MoE
+    layer: those that computed the log-prob of the token at p + 1. A number takes one byte, or two where 256 are not enough."""
+
+    layers: int  # of the decoder, dense ones included
+    first_dense: int  # so many at the start have no experts, and are not in a row
+    top_k: int
+    experts: int
+
+    @property
+    def itemsize(self) -> Literal[1, 2]:
+        return 1 if self.experts <= 256 else 2
+
+    @property
+    def row_bytes(self) -> int:
+        return (self.layers - self.first_dense) * self.top_k * self.itemsize
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +141,7 @@ class GenerateRequest:
     tokens: tuple[int, ...]
     max_new_tokens: int
     sampling: SamplingParams
+    experts_from: int | None = None  # report the experts of this position and later ones when it ends; None: of none
 
 
 @dataclass(frozen=True, slots=True)

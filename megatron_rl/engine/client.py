@@ -29,8 +29,9 @@ import aiohttp
 import orjson
 
 from megatron_rl.config.errors import UserError
+from megatron_rl.engine.expert_rows import expert_rows
 from megatron_rl.engine.watch import GivenUp, Watch
-from megatron_rl.types import EngineLost, FinishReason, GenerateRequest, Manifest, Progress, SamplingParams
+from megatron_rl.types import EngineLost, FinishReason, GenerateRequest, Manifest, Progress, RoutingShape, SamplingParams
 
 CONNECT_TIMEOUT_S = 10.0
 NOT_A_NUMBER = (
@@ -53,13 +54,21 @@ class SglangEngine:
     """Implements `ports.Engine`. One object per server process: a restarted server gets a new one."""
 
     def __init__(
-        self, name: str, host: str, port: int, api_key: str, vocab_size: int, request_timeout_s: float, stall_timeout_s: float
+        self,
+        name: str,
+        host: str,
+        port: int,
+        api_key: str,
+        vocab_size: int,
+        request_timeout_s: float,
+        stall_timeout_s: float,
+        routing: RoutingShape | None = None,
     ) -> None:
         self.name = name
         self.lost: str | None = None  # the first thing that went wrong
         self.held = Held()
         self.host = host
-        self._port, self._vocab_size = port, vocab_size
+        self._port, self._vocab_size, self._routing = port, vocab_size, routing
         self._request_timeout_s, self.stall_timeout_s = request_timeout_s, stall_timeout_s
         self._watch = Watch(stall_timeout_s, request_timeout_s, self._is_well, self._mark_lost)
         self._headers = {"Authorization": f"Bearer {api_key}", "Content-Type": "application/json"}
@@ -71,7 +80,8 @@ class SglangEngine:
         # SGLang aborts by prefix (scheduler.py:5450): no request id may begin another.
         rids = [f"{request.rollout_id}~{next(self._serial)}~" for request in requests]
         self._running |= {request.rollout_id: rid for request, rid in zip(requests, rids, strict=True)}
-        streams = [_Stream(request, self._vocab_size) for request in requests]
+        first_row = min((request.experts_from for request in requests if request.experts_from is not None), default=None)
+        streams = [_Stream(request, self._vocab_size, self._routing, first_row) for request in requests]
         body = {
             "rid": rids,
             "input_ids": [request.tokens for request in requests],
@@ -79,6 +89,8 @@ class SglangEngine:
             "return_logprob": True,
             "stream": True,
         }
+        if first_row is not None:
+            body |= {"return_routed_experts": True, "routed_experts_start_len": first_row}  # one start for all of a call
         try:
             async with aclosing(self._events("/generate", body)) as arriving:
                 async for events in arriving:
@@ -205,10 +217,12 @@ class SglangEngine:
 class _Stream:
     """What one request has been sent so far. `take` raises ValueError, KeyError or TypeError for what cannot be."""
 
-    def __init__(self, request: GenerateRequest, vocab_size: int) -> None:
+    def __init__(
+        self, request: GenerateRequest, vocab_size: int, routing: RoutingShape | None = None, first_row: int | None = None
+    ) -> None:
         self.request = request
         self.ended = False
-        self._vocab_size = vocab_size
+        self._vocab_size, self._routing, self._first_row = vocab_size, routing, first_row
         self._versions: list[int] = []
 
     def take(self, event: Mapping[str, Any], aborted: bool) -> Progress | None:
@@ -240,10 +254,20 @@ class _Stream:
         self._versions += versions
         if self.ended:
             self._check_versions(meta["weight_versions"] if reason != "abort" else meta.get("weight_versions"))
-        if not tokens and reason in (None, "abort"):
+        experts = self._experts(meta.get("routed_experts"), aborted=reason == "abort") if self.ended else b""
+        if not tokens and not experts and reason in (None, "abort"):
             return None
         finish: FinishReason | None = None if reason == "abort" else reason
-        return Progress(self.request.rollout_id, tuple(tokens), logprobs, versions, finish)
+        return Progress(self.request.rollout_id, tuple(tokens), logprobs, versions, finish, experts)
+
+    def _experts(self, reported: str | None, aborted: bool) -> bytes:
+        wanted_from = self.request.experts_from
+        if wanted_from is None or (reported is None and aborted):  # that one had not been computed at all
+            return b""
+        if reported is None or self._routing is None or self._first_row is None:
+            raise ValueError(f"{self.request.rollout_id} has ended without its routed experts")
+        positions = len(self.request.tokens) + len(self._versions) - 1  # the last token was sampled, not computed
+        return expert_rows(reported, self._routing, self._first_row, wanted_from, positions)
 
     def _check_versions(self, spans: Sequence[Mapping[str, Any]] | None) -> None:
         """The server says each token's version when it ends a request; we noted them message by message. No push lies between."""

@@ -24,7 +24,7 @@ from megatron_rl.engine import server
 from megatron_rl.engine.arguments import server_arguments, server_environment
 from megatron_rl.engine.client import SglangEngine
 from megatron_rl.engine.process import ServerProcess, free_ports, is_port_free
-from megatron_rl.types import EngineLost
+from megatron_rl.types import EngineLost, RoutingShape
 
 log = logging.getLogger(__name__)
 POLL_S = 0.1
@@ -40,10 +40,20 @@ class StartFailed(EngineLost):
 
 
 class SglangEngines:
-    """Implements `ports.Engines`."""
+    """Implements `ports.Engines`. With `routing` the servers record experts, for requests that ask for them."""
 
-    def __init__(self, config: EngineConfig, model_path: str, run_dir: Path, context_length: int, seed: int) -> None:
-        self._config, self._model_path, self._run_dir = config, model_path, run_dir
+    def __init__(
+        self,
+        config: EngineConfig,
+        model_path: str,
+        run_dir: Path,
+        context_length: int,
+        seed: int,
+        routing: RoutingShape | None = None,
+    ) -> None:
+        if routing:
+            config = config.model_copy(update={"server_args": {"enable_return_routed_experts": True} | config.server_args})
+        self._config, self._model_path, self._run_dir, self._routing = config, model_path, run_dir, routing
         self._context_length, self._seed = context_length, seed
         self._device = _resolve(config.device)
         self._api_key = config.api_key or secrets.token_hex(16)
@@ -154,7 +164,14 @@ class SglangEngines:
         )
         host = "127.0.0.1" if config.host == "0.0.0.0" else config.host
         engine = SglangEngine(
-            _name(index), host, port, self._api_key, self._vocab_size, config.request_timeout_s, config.stall_timeout_s
+            _name(index),
+            host,
+            port,
+            self._api_key,
+            self._vocab_size,
+            config.request_timeout_s,
+            config.stall_timeout_s,
+            self._routing,
         )
         return process, engine
 

@@ -3,7 +3,8 @@
 SGLang is unmodified; what differs goes through the arguments of its `launch_server` and its hook registry (srt/plugins).
 - Everywhere: the server dies with the trainer that started it, and its children with the server. BailingMoeV2's configuration
   class is registered, which SGLang has but does not register (srt/utils/hf_transformers/common.py:115), and a plain one for
-  BailingMoe, of which it has the model alone. Its schedulers answer what a weight push asks before and after (intake.py).
+  BailingMoe, of which it has the model alone. Its schedulers answer what a weight push asks before and after (intake.py), and
+  can record the experts of every model that has some (expert_record.py).
 - On a CPU: stand-ins for two things that have no CPU build (standins.py), attention over whole batches (cpu_attention.py), and a
   factor that the native path forgets (cpu_experts.py). Children are forked, not spawned, and there is no detokenizer: that halves
   the time to start and the memory.
@@ -53,9 +54,10 @@ def main(arguments: list[str]) -> None:
 def run_scheduler(*args: Any, **kwargs: Any) -> None:
     die_with_parent()
     register_configs()  # for a spawned one
-    from megatron_rl.engine import intake
+    from megatron_rl.engine import expert_record, intake
 
     intake.register()
+    expert_record.register()
     from sglang.srt.managers.scheduler import run_scheduler_process
 
     run_scheduler_process(*args, **kwargs)

@@ -1,7 +1,7 @@
 """The write-ahead log of the rollouts: what the pool was told since the last checkpoint, so that a run that was killed need not
 generate it again. `journal/step_N.log` holds what came after the checkpoint of step N.
 
-A record is its length and CRC-32, then a line of JSON and the arrays that it announces: 16 bytes a token.
+A record is its length and CRC-32, then a line of JSON and the arrays that it announces: 16 bytes a token, and its experts.
 
 Invariants:
 - what was written survives the death of the process, and after `sync` that of the machine;
@@ -114,13 +114,14 @@ def _records(path: Path) -> Iterator[bytes]:
 def _encoded(entry: Entry) -> bytes:
     match entry:
         case Streamed(messages):
-            heads = [[m.rollout_id, len(m.tokens), m.finish_reason] for m in messages]
+            heads = [[m.rollout_id, len(m.tokens), len(m.experts), m.finish_reason] for m in messages]
             arrays = (
                 array("i", [token for m in messages for token in m.tokens]),
                 array("d", [logprob for m in messages for logprob in m.engine_logprobs]),
                 array("i", [version for m in messages for version in m.versions]),
             )
-            return json.dumps({"Streamed": heads}).encode() + b"\n" + b"".join(values.tobytes() for values in arrays)
+            parts = (*(values.tobytes() for values in arrays), *(m.experts for m in messages))
+            return json.dumps({"Streamed": heads}).encode() + b"\n" + b"".join(parts)
         case Scored(group_id, scores):
             return json.dumps({"Scored": [group_id, [asdict(score) for score in scores]]}).encode()
         case _:
@@ -138,15 +139,15 @@ def _decoded(payload: bytes) -> Entry:
     return entry
 
 
-def _messages(heads: Sequence[tuple[str, int, Any]], data: bytes) -> tuple[Progress, ...]:
-    total = sum(count for _, count, _ in heads)
+def _messages(heads: Sequence[tuple[str, int, int, Any]], data: bytes) -> tuple[Progress, ...]:
+    total = sum(count for _, count, _, _ in heads)
     tokens, logprobs, versions = array("i"), array("d"), array("i")
     tokens.frombytes(data[: 4 * total])
     logprobs.frombytes(data[4 * total : 12 * total])
-    versions.frombytes(data[12 * total :])
-    messages, at = [], 0
-    for name, count, reason in heads:
-        part = slice(at, at + count)
-        messages.append(Progress(name, tuple(tokens[part]), tuple(logprobs[part]), tuple(versions[part]), reason))
-        at += count
+    versions.frombytes(data[12 * total : 16 * total])
+    messages, at, experts_at = [], 0, 16 * total
+    for name, count, expert_bytes, reason in heads:
+        part, experts = slice(at, at + count), data[experts_at : experts_at + expert_bytes]
+        messages.append(Progress(name, tuple(tokens[part]), tuple(logprobs[part]), tuple(versions[part]), reason, experts))
+        at, experts_at = at + count, experts_at + expert_bytes
     return tuple(messages)

@@ -69,7 +69,7 @@ Entry = Began | Streamed | Cut | Scored | Stopped | Taken
 
 @dataclass(slots=True)
 class Growing:
-    """An unfinished rollout, or a finished one whose siblings are not: 16 bytes a token."""
+    """An unfinished rollout, or a finished one whose siblings are not: 16 bytes a token, and its experts if they are recorded."""
 
     prompt: Prompt
     sample: int
@@ -77,6 +77,7 @@ class Growing:
     engine_logprobs: array[float] = field(default_factory=lambda: array("d"))
     versions: array[int] = field(default_factory=lambda: array("i"))
     finish_reason: FinishReason | None = None
+    experts: bytearray = field(default_factory=bytearray)
 
     def extend(self, progress: Progress) -> None:
         if not len(progress.tokens) == len(progress.engine_logprobs) == len(progress.versions):
@@ -84,16 +85,17 @@ class Growing:
         self.tokens.extend(progress.tokens)
         self.engine_logprobs.extend(progress.engine_logprobs)
         self.versions.extend(progress.versions)
+        self.experts += progress.experts
         self.finish_reason = progress.finish_reason
 
     def rollout(self, name: str) -> Rollout:
         values = (tuple(self.tokens), tuple(self.engine_logprobs), tuple(self.versions))
-        return Rollout(name, self.prompt, self.sample, *values, self.finish_reason)
+        return Rollout(name, self.prompt, self.sample, *values, self.finish_reason, bytes(self.experts))
 
     @classmethod
     def of(cls, rollout: Rollout) -> Growing:
         values = (array("i", rollout.tokens), array("d", rollout.engine_logprobs), array("i", rollout.versions))
-        return cls(rollout.prompt, rollout.sample, *values, rollout.finish_reason)
+        return cls(rollout.prompt, rollout.sample, *values, rollout.finish_reason, bytearray(rollout.experts))
 
 
 class Pool:

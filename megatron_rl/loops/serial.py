@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any, TypeVar
@@ -14,13 +15,25 @@ T = TypeVar("T", Prompt, Rollout, Group)
 
 
 def to_json(value: Prompt | Rollout | Group) -> dict[str, Any]:
-    return asdict(value)
+    return asdict(value, dict_factory=lambda items: {name: _text(part) for name, part in items})
 
 
 def from_json(kind: type[T], value: Mapping[str, Any]) -> T:
     """Raises pydantic.ValidationError if the value is not of the form."""
+    if kind is Rollout:
+        value = _with_bytes(value)
+    elif kind is Group:
+        value = {**value, "rollouts": [_with_bytes(rollout) for rollout in value["rollouts"]]}
     restored: T = ADAPTERS[kind].validate_python(value)
     return restored
+
+
+def _with_bytes(rollout: Mapping[str, Any]) -> dict[str, Any]:
+    return {**rollout, "experts": base64.b64decode(rollout["experts"])}
+
+
+def _text(value: Any) -> Any:
+    return base64.b64encode(value).decode() if isinstance(value, bytes) else value
 
 
 ADAPTERS: Mapping[type, TypeAdapter[Any]] = {kind: TypeAdapter(kind) for kind in (Prompt, Rollout, Group)}

@@ -8,12 +8,13 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from reference_model import Weights, reference_logits, reference_logprobs
+from reference_model import Weights, reference_experts, reference_logits, reference_logprobs
 from safetensors.torch import load_file
 from tiny_checkpoint import TINY_CONFIG, manifest_of, random_weights, write_checkpoint
 
@@ -23,7 +24,7 @@ from megatron_rl.engine.arguments import STARTUP_VERSION
 from megatron_rl.engine.client import SglangEngine
 from megatron_rl.engine.launcher import SglangEngines
 from megatron_rl.engine.weights import EngineWeights
-from megatron_rl.types import EngineLost, GenerateRequest, Progress, Prompt, Rollout, SamplingParams
+from megatron_rl.types import EngineLost, GenerateRequest, Progress, Prompt, Rollout, RoutingShape, SamplingParams
 
 pytestmark = pytest.mark.sglang
 TOLERANCE = 1e-4  # nats, float32
@@ -33,6 +34,7 @@ OVERRIDES = {  # the shapes of the original implementation's golden outputs
 }  # fmt: skip
 CONFIG = TINY_CONFIG | OVERRIDES
 KV_TOKENS = 1500
+ROUTING = RoutingShape(CONFIG["num_hidden_layers"], CONFIG["first_k_dense_replace"], top_k=4, experts=16)
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +50,8 @@ def engine_log(run_dir: Path) -> Path:
 @pytest.fixture(scope="module")
 def engines(run_dir: Path) -> Iterator[SglangEngines]:
     config = EngineConfig(device="cpu", max_total_tokens=KV_TOKENS, stream_interval=4)
-    fleet = SglangEngines(config, str(write_checkpoint(run_dir / "hf", seed=0, **OVERRIDES)), run_dir, context_length=256, seed=0)
+    path = write_checkpoint(run_dir / "hf", seed=0, **OVERRIDES)
+    fleet = SglangEngines(config, str(path), run_dir, context_length=256, seed=0, routing=ROUTING)
     fleet.start()
     yield fleet
     fleet.stop()
@@ -148,26 +151,42 @@ def test_greedy_stop_and_length(engines: SglangEngines, engine: SglangEngine) ->
     assert stopped["0:0#0"].tokens == tuple(answer[: answer.index(stop) + 1]) and stopped["0:0#0"].finish_reason == "stop"
 
 
-def test_a_continued_rollout_keeps_each_tokens_version_and_logprob(engines: SglangEngines, engine: SglangEngine) -> None:
+def experts_of(rows: bytes) -> torch.Tensor:
+    return torch.tensor(list(rows), dtype=torch.long).view(-1, ROUTING.layers - ROUTING.first_dense, ROUTING.top_k).sort(-1).values
+
+
+def test_a_continued_rollout_keeps_each_tokens_version_logprob_and_experts(engines: SglangEngines, engine: SglangEngine) -> None:
     old, new = random_weights(CONFIG, seed=5), random_weights(CONFIG, seed=6)
     push(engines, old, version=5)
     prompts = random_prompts(60, seed=2)
-    before = generate(engine, requests_for(prompts, 64, temperature=1.0), abort_at=600)
+    requests = [replace(request, experts_from=0) for request in requests_for(prompts, 64, temperature=1.0)]
+    before = generate(engine, requests, abort_at=600)
     started = [r for r in before.values() if r.tokens]
     assert any(r.finish_reason is None for r in started) and sum(len(r.tokens) for r in started) < 60 * 64 / 2
     push(engines, new, version=6)
     unfinished = {name: r for name, r in before.items() if r.finish_reason is None}
     prompt_of = {f"0:{i}#0": prompt for i, prompt in enumerate(prompts)}
     requests = [
-        GenerateRequest(name, (*prompt_of[name], *r.tokens), 64 - len(r.tokens), SamplingParams()) for name, r in unfinished.items()
+        GenerateRequest(
+            name, (*prompt_of[name], *r.tokens), 64 - len(r.tokens), SamplingParams(), len(r.experts) // ROUTING.row_bytes
+        )
+        for name, r in unfinished.items()
     ]
     after = generate(engine, requests)
+    recorded = 0
     for request in requests:
         first, second = unfinished[request.rollout_id], after[request.rollout_id]
         prompt = prompt_of[request.rollout_id]
         assert set(first.versions) <= {5} and set(second.versions) == {6}
         assert worst_gap(old, prompt, first) < TOLERANCE
         assert worst_gap(new, request.tokens, second) < TOLERANCE
+        computed = len(first.experts) // ROUTING.row_bytes  # under the old weights: all but the last one sampled ...
+        assert computed in (0, len(prompt) + len(first.tokens) - 1)  # ... or none of one that waited in the queue
+        recorded += bool(computed)
+        sequence = (*request.tokens, *second.tokens)
+        assert torch.equal(experts_of(first.experts), reference_experts(old, CONFIG, sequence)[:computed])
+        assert torch.equal(experts_of(second.experts), reference_experts(new, CONFIG, sequence)[computed:-1])
+    assert recorded > 5
 
 
 def test_single_requests_can_be_aborted_while_others_go_on(engine: SglangEngine) -> None:

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from megatron_rl.types import EngineLost, GenerateRequest, Progress, Prompt, Rollout, Score
+from megatron_rl.types import EngineLost, GenerateRequest, Progress, Prompt, Rollout, RoutingShape, Score
 
 
 def length_of(rollout_id: str) -> int:
@@ -15,8 +15,12 @@ def length_of(rollout_id: str) -> int:
     return 3 + seed % 9 + (40 if seed % 11 == 0 else 0)
 
 
+ROUTING = RoutingShape(layers=2, first_dense=1, top_k=2, experts=256)
+
+
 class ScriptedEngine:
-    """Emits token `position % 50` with log-prob -position/100, `chunk` tokens of every request per turn of the event loop."""
+    """Emits token `position % 50` with log-prob -position/100, `chunk` tokens of every request per turn of the event loop, and at
+    the end of a request that asks for experts (position % 256, version) for each position."""
 
     def __init__(self, name: str, prompt_tokens: int, length: Callable[[str], int] = length_of, chunk: int = 4) -> None:
         self.name, self.prompt_tokens, self.length, self.chunk = name, prompt_tokens, length, chunk
@@ -27,10 +31,12 @@ class ScriptedEngine:
         self.served: list[str] = []
         self._aborted: set[str] = set()
         self._running: set[str] = set()
+        self._experts_from: dict[str, int] = {}
 
     async def generate(self, requests: Sequence[GenerateRequest]) -> AsyncIterator[Sequence[Progress]]:
         at = {r.rollout_id: len(r.tokens) - self.prompt_tokens for r in requests}
         room = {r.rollout_id: r.max_new_tokens for r in requests}
+        self._experts_from |= {r.rollout_id: r.experts_from for r in requests if r.experts_from is not None}
         self._running |= set(at)
         self.served += list(at)
         while at:
@@ -41,9 +47,11 @@ class ScriptedEngine:
                 raise EngineLost(f"{self.name}: scripted death")
             if self.dies_after is not None:
                 self.dies_after -= 1
-            for rollout_id in [r for r in at if r in self._aborted]:
+            aborted = {r: end for r, end in at.items() if r in self._aborted}
+            for rollout_id in aborted:
                 self._finish(rollout_id, at)
             messages = [self._advance(rollout_id, at, room) for rollout_id in list(at)]
+            messages += [Progress(r, (), (), (), None, rows) for r, end in aborted.items() if (rows := self._experts(r, end))]
             if messages:
                 yield messages
 
@@ -53,14 +61,19 @@ class ScriptedEngine:
         room[rollout_id] -= count
         end = at[rollout_id] = begin + count
         reason = "stop" if end == self.length(rollout_id) else "length" if room[rollout_id] == 0 else None
+        experts = self._experts(rollout_id, end) if reason else b""
         if reason:
             self._finish(rollout_id, at)
         if reason and self.hides_ends:
             reason = None
         positions = range(begin, end)
-        return Progress(
-            rollout_id, tuple(p % 50 for p in positions), tuple(-p / 100 for p in positions), (self.version,) * count, reason
-        )
+        logprobs = tuple(-p / 100 for p in positions)
+        return Progress(rollout_id, tuple(p % 50 for p in positions), logprobs, (self.version,) * count, reason, experts)
+
+    def _experts(self, rollout_id: str, end: int) -> bytes:
+        if (first := self._experts_from.pop(rollout_id, None)) is None:
+            return b""
+        return b"".join(bytes((p % 256, self.version)) for p in range(first, self.prompt_tokens + end - 1))
 
     def _finish(self, rollout_id: str, at: dict[str, int]) -> None:
         del at[rollout_id]

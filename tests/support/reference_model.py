@@ -18,14 +18,24 @@ from torch.nn.functional import linear, scaled_dot_product_attention, silu
 Weights = Mapping[str, torch.Tensor]
 
 
+def reference_experts(weights: Weights, config: Mapping[str, Any], tokens: Sequence[int]) -> torch.Tensor:
+    """(positions, MoE layers, top-k): what each position's routers choose, in ascending order."""
+    chosen: list[torch.Tensor] = []
+    reference_logits(weights, config, tokens, chosen)
+    return torch.stack(chosen, 1).sort(-1).values
+
+
 @torch.no_grad()
-def reference_logits(weights: Weights, config: Mapping[str, Any], tokens: Sequence[int]) -> torch.Tensor:
+def reference_logits(
+    weights: Weights, config: Mapping[str, Any], tokens: Sequence[int], chosen: list[torch.Tensor] | None = None
+) -> torch.Tensor:
+    """`chosen` receives chosen_TK of each MoE layer."""
     x = weights["model.word_embeddings.weight"][torch.tensor(tokens)]
     for i in range(config["num_hidden_layers"]):
         layer = {name.removeprefix(f"model.layers.{i}."): w for name, w in weights.items() if name.startswith(f"model.layers.{i}.")}
         x = x + _attention(layer, config, _norm(x, layer["input_layernorm.weight"], config))
         h = _norm(x, layer["post_attention_layernorm.weight"], config)
-        x = x + (_mlp(layer, "mlp", h) if i < config["first_k_dense_replace"] else _experts(layer, config, h))
+        x = x + (_mlp(layer, "mlp", h) if i < config["first_k_dense_replace"] else _experts(layer, config, h, chosen))
     head = weights["lm_head.weight"]
     if config.get("norm_head"):
         head = head / head.norm(dim=0)
@@ -74,12 +84,14 @@ def _head_dim(config: Mapping[str, Any]) -> int:
     return int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
 
 
-def _experts(layer: Weights, config: Mapping[str, Any], h: torch.Tensor) -> torch.Tensor:
+def _experts(layer: Weights, config: Mapping[str, Any], h: torch.Tensor, chosen: list[torch.Tensor] | None) -> torch.Tensor:
     logits_TE = linear(h, layer["mlp.gate.weight"])
     if config.get("score_function") == "sigmoid":
         gates_TK, chosen_TK = _grouped(layer, config, logits_TE.sigmoid())
     else:
         gates_TK, chosen_TK = logits_TE.softmax(-1).topk(config["num_experts_per_tok"], -1)
+    if chosen is not None:
+        chosen.append(chosen_TK)
     gates_TK = gates_TK / gates_TK.sum(-1, keepdim=True) * config.get("routed_scaling_factor", 1.0)
     out = _mlp(layer, "mlp.shared_experts", h)
     for expert in range(config["num_experts"]):

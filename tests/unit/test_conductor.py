@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fakes import CountedPrompts, ParityRewards, ScriptedEngine, ScriptedEngines, length_of
+from fakes import ROUTING, CountedPrompts, ParityRewards, ScriptedEngine, ScriptedEngines, length_of
 
 from megatron_rl.config import UserError
 from megatron_rl.loops.conductor import Conductor, Phase
@@ -35,7 +35,14 @@ def conductor(
     values = {"token_budget": BUDGET, "pool_capacity": POOL, "group_size": GROUP, "retention_bound": 100, **settings}
     sampling = SamplingParams(max_response_tokens=64)
     parts = (engines, ParityRewards(), CountedPrompts(), Journal(folder or Path(tempfile.mkdtemp()), {}), StopFlag(), runner)
-    c = Conductor(Settings(**values), sampling, *parts, timeout_s=20, is_useful=lambda group: len(set(group.rewards)) > 1)
+    c = Conductor(
+        Settings(**values),
+        sampling,
+        *parts,
+        timeout_s=20,
+        is_useful=lambda group: len(set(group.rewards)) > 1,
+        record_experts=lambda version: ROUTING,
+    )
     if saved is not None:
         c.load_state_dict(saved)
     c.restarted(0)
@@ -56,6 +63,9 @@ def check_groups(phase: Phase) -> None:
             assert rollout.engine_logprobs == tuple(-p / 100 for p in range(n))
             assert rollout.finish_reason == "stop"
             assert list(rollout.versions) == sorted(rollout.versions)
+            positions, versions = rollout.experts[::2], rollout.experts[1::2]
+            assert list(positions) == list(range(2 + n - 1)), "the prompt's, and all but the last token's"
+            assert list(versions) == sorted(versions) and versions[-1] == rollout.versions[-1]
 
 
 def test_every_prompt_is_handed_out_once_over_many_phases(runner: asyncio.Runner) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from disk_limit import files_at_most
-from fakes import CountedPrompts, ParityRewards, ScriptedEngine, ScriptedEngines
+from fakes import ROUTING, CountedPrompts, ParityRewards, ScriptedEngine, ScriptedEngines
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -35,7 +35,9 @@ def runner() -> Iterator[asyncio.Runner]:
 def conductor(runner: asyncio.Runner, folder: Path, settings: Settings = SETTINGS) -> tuple[Conductor, ScriptedEngine]:
     engine = ScriptedEngine("a", prompt_tokens=2)
     parts = (ScriptedEngines([engine]), ParityRewards(), CountedPrompts(), Journal(folder, {}), StopFlag(), runner)
-    return Conductor(settings, SamplingParams(max_response_tokens=64), *parts, timeout_s=20, is_useful=lambda group: True), engine
+    sampling = SamplingParams(max_response_tokens=64)
+    record = {"is_useful": lambda group: True, "record_experts": lambda version: ROUTING}
+    return Conductor(settings, sampling, *parts, timeout_s=20, **record), engine  # type: ignore[arg-type]
 
 
 def run(c: Conductor, engine: ScriptedEngine, versions: range) -> list[Phase]:
