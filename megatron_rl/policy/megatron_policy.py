@@ -109,14 +109,10 @@ class MegatronPolicy:
     def train_step(self, microbatches: Sequence[PackedBatch], loss: TokenLoss, temperature: float) -> dict[str, float]:
         from megatron.core.distributed import finalize_model_grads
 
-        def evaluate(inputs: RankInputs, logprobs_N: torch.Tensor, entropy_N: torch.Tensor) -> tuple[torch.Tensor, Any]:
-            output = loss(logprobs_N, entropy_N, inputs.batch)
-            return output.loss, output
-
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        outputs = self._forward_backward(microbatches, temperature, evaluate, forward_only=False)
+        outputs = self._forward_backward(microbatches, temperature, _output_of(loss), forward_only=False)
         finalize_model_grads(self.chunks)
         lr = lr_at(self.updates, self._optimizer_config, self._total_steps)
         grad_norm = update(self.optimizer, lr, self._optimizer_config.grad_clip)
@@ -124,6 +120,11 @@ class MegatronPolicy:
         self.updates += not skipped
         step = {"policy/grad_norm": grad_norm, "policy/lr": lr, "policy/skipped": float(skipped)}
         return self._totals(outputs) | step
+
+    @torch.no_grad()
+    def evaluate(self, microbatches: Sequence[PackedBatch], loss: TokenLoss, temperature: float) -> dict[str, Any]:
+        """*Collective*: what `loss` adds up to under the present weights. Trains nothing."""
+        return self._totals(self._forward_backward(microbatches, temperature, _output_of(loss), forward_only=True))
 
     def occupy(self, what: Occupied) -> None:
         if self.device.type == "cpu" or what == self._occupied:
@@ -197,9 +198,9 @@ class MegatronPolicy:
         rotary_dim = int(self._model.head_dim * self._model.rotary_percent)
         return attention.make_plan(inputs.segments, rotary_dim, self._model.rotary_base)
 
-    def _totals(self, outputs: Sequence[LossOutput]) -> dict[str, float]:
-        """Over all microbatches, CP ranks and replicas, on every rank."""
-        totals: dict[str, float] = {}
+    def _totals(self, outputs: Sequence[LossOutput]) -> dict[str, Any]:
+        """Over all microbatches, CP ranks and replicas, on every rank: numbers, and tensors in host memory."""
+        totals: dict[str, Any] = {}
         if outputs:
             totals = self._reduced([output.sums for output in outputs], dist.ReduceOp.SUM)
             totals |= self._reduced([output.maxima for output in outputs], dist.ReduceOp.MAX)
@@ -209,14 +210,15 @@ class MegatronPolicy:
             totals = box[0]
         return totals
 
-    def _reduced(self, values: Sequence[Mapping[str, torch.Tensor]], how: Any) -> dict[str, float]:
-        names = list(values[0])
-        if not names:
+    def _reduced(self, values: Sequence[Mapping[str, torch.Tensor]], how: Any) -> dict[str, Any]:
+        if not values[0]:
             return {}
-        stacked = torch.stack([torch.stack([value[name] for name in names]) for value in values]).double()
-        reduced = stacked.sum(0) if how == dist.ReduceOp.SUM else stacked.amax(0)
+        shapes = {name: value.shape for name, value in values[0].items()}
+        flat = torch.stack([torch.cat([value[name].double().flatten() for name in shapes]) for value in values])
+        reduced = flat.sum(0) if how == dist.ReduceOp.SUM else flat.amax(0)
         dist.all_reduce(reduced, how, self._replicas)
-        return dict(zip(names, reduced.tolist(), strict=True))
+        parts = reduced.cpu().split([shape.numel() for shape in shapes.values()])
+        return {name: part.view(shape) if shape else part.item() for (name, shape), part in zip(shapes.items(), parts, strict=True)}
 
     @contextmanager
     def _reference_weights(self) -> Iterator[None]:
@@ -234,6 +236,14 @@ class MegatronPolicy:
             current = tensor.to("cpu", copy=True)
             tensor.copy_(others[name])
             others[name].copy_(current)
+
+
+def _output_of(loss: TokenLoss) -> LastStage:
+    def last(inputs: RankInputs, logprobs_N: torch.Tensor, entropy_N: torch.Tensor) -> tuple[torch.Tensor, Any]:
+        output = loss(logprobs_N, entropy_N, inputs.batch)
+        return output.loss, output
+
+    return last
 
 
 def _nothing_like(batch: PackedBatch) -> PackedBatch:
