@@ -1,7 +1,8 @@
-"""Line charts as inline SVG: no library, no script needed to read them (one in the page adds values under the pointer).
+"""Line charts and histograms as inline SVG: no library, no script needed to read them (one in the page adds the values of a line
+under the pointer).
 
-Invariants: a number that is missing or not finite is a gap in its line, never a zero; a curve of any length becomes at most
-`MAX_POINTS` points, each the mean of a run of steps.
+Invariants (tests/unit/test_observability_report.py): a number that is missing or not finite is a gap in its line, never a zero; a
+curve of any length becomes at most `MAX_POINTS` points, each the mean of a run of steps; a histogram's area is its share of all.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
 from typing import Literal
+
+from megatron_rl.algorithms.histogram import Histogram
 
 WIDTH, HEIGHT = 420, 190
 LEFT, RIGHT, TOP, BOTTOM = 52, 18, 10, 24  # margins of the plot inside the SVG
@@ -59,6 +62,67 @@ def line_chart(title: str, series: Sequence[Series], unit: str = "", scale: Scal
         + (f'<p class="note">{escape(note)}</p>' if note else "")
         + "</figure>"
     )
+
+
+@dataclass(frozen=True)
+class Sides:
+    """Sizes of a signed number, by its sign."""
+
+    name: str
+    below: Histogram
+    above: Histogram
+
+
+def two_sided_histogram(title: str, shown: Sequence[Sides], note: str = "") -> str:
+    """A figure: sizes grow to both sides of the middle, by decades; heights are shares of all that one of `shown` counts."""
+    shown = [s for s in shown if s.below.total + s.above.total > 0]
+    if not shown:
+        return ""
+    filled = [kept for s in shown for h in (s.below, s.above) if (kept := h.trimmed()).counts]
+    low = math.floor(min(h.start for h in filled))
+    high = max(math.ceil(max(h.edge(len(h)) for h in filled)), low + 1)
+    x = _Axis(low - high, high - low, LEFT, WIDTH - RIGHT)
+    outlines = [[_outline(h, low, sign, s.below.total + s.above.total) for sign, h in ((-1, s.below), (1, s.above))] for s in shown]
+    ticks = linear_ticks(0.0, max(height for sides in outlines for side in sides for _, height in side))
+    y = _Axis(ticks[0], ticks[-1], HEIGHT - BOTTOM, TOP)
+    body = [*_levels(y, ticks, "%"), *_decades(x, low, high)]
+    for number, sides in enumerate(outlines, start=1):
+        for side in sides:
+            places: list[tuple[float, float | None]] = [(x(place), y(height)) for place, height in side]
+            if places:
+                body += [_path(places, f"fill s{number}"), _path(places, f"line s{number}")]
+    legend = "".join(f'<span class="key"><i class="s{n}"></i>{escape(s.name)}</span>' for n, s in enumerate(shown, start=1))
+    return (
+        f'<figure class="chart"><figcaption><h3>{escape(title)}</h3><div class="legend">{legend}</div></figcaption>'
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title, quote=True)}">{"".join(body)}</svg>'
+        + (f'<p class="note">{escape(note)}</p>' if note else "")
+        + "</figure>"
+    )
+
+
+def _outline(histogram: Histogram, low: float, sign: int, total: float) -> list[tuple[float, float]]:
+    """Steps from the axis and back to it: (decades from the middle, share of all)."""
+    kept = histogram.trimmed()
+    corners = []
+    for number, count in enumerate(kept.counts):
+        corners += [(kept.edge(number + end), count / total) for end in (0, 1)]
+    if corners:
+        corners = [(corners[0][0], 0.0), *corners, (corners[-1][0], 0.0)]
+    return [(sign * max(edge - low, 0.0), height) for edge, height in corners]
+
+
+def _decades(x: _Axis, low: int, high: int) -> list[str]:
+    step = -(-(high - low) // 3)
+    marks = [
+        (sign * (decade - low), f"{'−' if sign < 0 else ''}{_tick_text(10.0**decade, '')}")
+        for sign in (-1, 1)
+        for decade in range(low + step, high + 1, step)
+    ]
+    marks.append((0, f"±{_tick_text(10.0**low, '')}"))
+    return [
+        f'<text class="tick" x="{x(place):.1f}" y="{HEIGHT - 7}" text-anchor="middle">{escape(text)}</text>'
+        for place, text in marks
+    ]
 
 
 def cleaned(points: Points, positive: bool = False) -> Points:
@@ -147,15 +211,20 @@ class _Axis:
 
 
 def _grid(x: _Axis, y: _Axis, ticks: Sequence[float], unit: str) -> str:
+    lines = _levels(y, ticks, unit)
+    marks = [step for step in linear_ticks(x.low, x.high) if x.low <= step <= x.high and step == int(step)]
+    lines += [f'<text class="tick" x="{x(step):.1f}" y="{HEIGHT - 7}" text-anchor="middle">{step:,.0f}</text>' for step in marks]
+    return "".join(lines)
+
+
+def _levels(y: _Axis, ticks: Sequence[float], unit: str) -> list[str]:
     lines = []
     for tick in ticks:
         height = y(tick)
         label = escape(_tick_text(tick, unit))
         lines.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{height:.1f}" y2="{height:.1f}"/>')
         lines.append(f'<text class="tick" x="{LEFT - 6}" y="{height + 3.5:.1f}" text-anchor="end">{label}</text>')
-    marks = [step for step in linear_ticks(x.low, x.high) if x.low <= step <= x.high and step == int(step)]
-    lines += [f'<text class="tick" x="{x(step):.1f}" y="{HEIGHT - 7}" text-anchor="middle">{step:,.0f}</text>' for step in marks]
-    return "".join(lines)
+    return lines
 
 
 def _tick_text(value: float, unit: str) -> str:

@@ -2,8 +2,8 @@
 
     python -m megatron_rl.observability.report RUN_DIR
 
-Reads what the run directory holds of metrics.jsonl, evaluations.jsonl, rollouts/, summary.json and config.yaml; the page of a run
-that is still going or was killed is as good as its files. It is one file and asks for nothing else.
+Reads what the run directory holds of metrics.jsonl, mismatch.jsonl, evaluations.jsonl, rollouts/, summary.json and config.yaml; the
+page of a run that is still going or was killed is as good as its files. It is one file and asks for nothing else.
 
 Invariants: whatever a model wrote is text, never markup; what has no numbers is left out, not drawn empty.
 """
@@ -23,6 +23,7 @@ from megatron_rl.observability import charts
 from megatron_rl.observability.charts import Scale, Series, line_chart, number_text
 from megatron_rl.observability.console import clock
 from megatron_rl.observability.lessons import NOISE, lessons
+from megatron_rl.observability.mismatch_section import mismatch_body
 from megatron_rl.observability.report_style import CSS, SCRIPT
 from megatron_rl.observability.summary import read_rows
 
@@ -41,18 +42,6 @@ CHARTS: tuple[tuple[str, str, Scale, tuple[tuple[str, str], ...], str], ...] = (
         (("reward/all_correct_fraction", "all right"), ("reward/all_wrong_fraction", "all wrong")),
         "Neither carries a gradient: the update learns from the rest.",
     ),
-    (
-        "Train/infer gap |old − engine|",
-        "nats",
-        "log",
-        (
-            ("mismatch/logprob_gap_max", "largest"),
-            ("mismatch/logprob_gap_mean", "mean"),
-            ("mismatch/stale_gap_mean", "mean of carried tokens"),
-        ),
-        "Tokens carried over from older weights differ by staleness, the others by the two engines' arithmetic.",
-    ),
-    ("Tokens masked by IcePop", "%", "zero", (("mismatch/masked_fraction", "of trained tokens"),), ""),
     ("Negative log-likelihood", "nats", "zero", (("sft/nll", "per response token"),), ""),
     ("Entropy", "nats", "zero", (("policy/entropy", "per token"),), ""),
     ("Gradient norm", "", "zero", (("policy/grad_norm", "before clipping"),), ""),
@@ -86,11 +75,13 @@ def write_report(run_dir: str | Path) -> Path:
         raise UserError(f"{run_dir}: no metrics.jsonl with a complete line; nothing to report", exit_code=1)
     summary_file = run_dir / "summary.json"
     summary = json.loads(summary_file.read_text()) if summary_file.exists() else {}
+    mismatch = mismatch_body(steps, read_rows(run_dir / "mismatch.jsonl"))
     sections = [
         tiles(steps, evaluations, summary),
         section("What RL did and did not teach", lesson_box(evaluations)) if "reward/mean" in _keys(steps) or evaluations else "",
         section("Held-out prompts", evaluation_table(evaluations)) if evaluations else "",
         section("Curves", curves(steps, evaluations)),
+        section("Mismatch between trainer and engine", mismatch) if mismatch else "",
         samples(run_dir / "rollouts"),
         configuration(run_dir / "config.yaml"),
     ]

@@ -40,6 +40,8 @@ i.s1 { background: var(--s1); } i.s2 { background: var(--s2); } i.s3 { backgroun
 .line { fill: none; stroke-width: 2; stroke-linejoin: round; stroke-linecap: round; } .raw { stroke-width: 1; opacity: .38; }
 path.s1 { stroke: var(--s1); } path.s2 { stroke: var(--s2); } path.s3 { stroke: var(--s3); }
 circle.s1 { fill: var(--s1); } circle.s2 { fill: var(--s2); } circle.s3 { fill: var(--s3); }
+.fill { stroke: none; opacity: .16; } path.fill.s1 { fill: var(--s1); } path.fill.s2 { fill: var(--s2); }
+path.fill.s3 { fill: var(--s3); }
 .cursor { stroke: var(--faint); stroke-dasharray: 3 3; }
 .tip { position: absolute; pointer-events: none; background: var(--ink); color: var(--page); border-radius: 6px;
   padding: 4px 9px;
@@ -70,7 +72,7 @@ footer { margin-top: 44px; color: var(--faint); font-size: 13px; }
 """
 
 SCRIPT = """
-for (const figure of document.querySelectorAll(".chart")) {
+for (const figure of document.querySelectorAll("[data-chart]")) {
   const { unit, series, x } = JSON.parse(figure.dataset.chart), svg = figure.querySelector("svg");
   const [left, right, width, bottom] = [__LEFT__, __RIGHT__, __WIDTH__, __BOTTOM__];
   const tip = Object.assign(document.createElement("div"), { className: "tip", hidden: true });

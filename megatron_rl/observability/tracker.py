@@ -1,9 +1,10 @@
 """A run's record: metrics.jsonl, TensorBoard, readable rollouts, and which groups were trained when.
 
     metrics.jsonl          one object a step
+    mismatch.jsonl         one object a step: histograms of the gap between trainer and engine, name -> bins of log10 and counts
     evaluations.jsonl      one object an evaluation
     trained.jsonl          one object a step: the ids of the groups that left the scheduler in it
-    rollouts/step_N.jsonl  samples, evenly through the step's groups: prompt, response, reward, status, weight versions
+    rollouts/step_N.jsonl  samples, evenly through the step's groups: text and reward, token ids, log-probs and weight versions
 
 Invariants:
 - a line is in the file, whole, when the call returns; a number that is not finite is null in it;
@@ -13,23 +14,26 @@ Invariants:
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import accumulate, groupby, pairwise
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
+from megatron_rl.algorithms.histogram import Histogram
 from megatron_rl.config.errors import UserError
+from megatron_rl.observability.alarms import Alarm, Alarms
 from megatron_rl.observability.console import StepLines
+from megatron_rl.observability.rollout_rows import rollout_row
 from megatron_rl.observability.summary import read_rows
-from megatron_rl.types import Group, Rollout, Score
+from megatron_rl.types import Group
 
-METRICS, EVALUATIONS, TRAINED = "metrics.jsonl", "evaluations.jsonl", "trained.jsonl"
+log = logging.getLogger(__name__)
+METRICS, MISMATCH, EVALUATIONS, TRAINED = "metrics.jsonl", "mismatch.jsonl", "evaluations.jsonl", "trained.jsonl"
 ROLLOUTS, TENSORBOARD = "rollouts", "tensorboard"
 
 
@@ -37,6 +41,8 @@ class NullTracker:
     """Of the ranks that do not write."""
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None: ...
+
+    def histograms(self, step: int, histograms: Mapping[str, Histogram]) -> None: ...
 
     def rollouts(self, step: int, groups: Sequence[Group]) -> None: ...
 
@@ -62,15 +68,27 @@ class RunTracker:
         tensorboard: bool,
         rollouts_every: int,
         rollouts_kept: int,
+        alarms: Sequence[Alarm] = (),
     ) -> None:
         self._dir, self._decode, self._every, self._kept = run_dir, decode, rollouts_every, rollouts_kept
-        self._lines = StepLines(steps)
+        self._lines, self._alarms = StepLines(steps), Alarms(alarms)
         self._tensorboard = tensorboard
         self._purge_step: int | None = None
         self._writer: Any = None
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         self._record(METRICS, step, metrics)
+        for line in self._alarms.raised_by(step, metrics):
+            log.warning(line)
+
+    def histograms(self, step: int, histograms: Mapping[str, Histogram]) -> None:
+        rows = {name: histogram.to_json() for name, histogram in histograms.items() if histogram.total}
+        append(self._dir / MISMATCH, {"step": step} | rows)
+        if writer := self._writer_or_none():
+            for name, histogram in histograms.items():
+                if histogram.total:
+                    writer.add_histogram_raw(f"{name}_log10", **as_tensorboard_takes_it(histogram), global_step=step)
+            writer.flush()
 
     def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
         self._record(EVALUATIONS, step, metrics)
@@ -80,22 +98,25 @@ class RunTracker:
 
     def _record(self, name: str, step: int, metrics: Mapping[str, float]) -> None:
         append(self._dir / name, {"step": step} | {k: v if math.isfinite(v) else None for k, v in metrics.items()})
-        if self._tensorboard:
-            if self._writer is None:
-                from torch.utils.tensorboard import SummaryWriter  # half a second, for the one process that writes
-
-                self._writer = SummaryWriter(str(self._dir / TENSORBOARD), purge_step=self._purge_step)
+        if writer := self._writer_or_none():
             for metric, value in metrics.items():
-                self._writer.add_scalar(metric, value, step)
-            self._writer.flush()
+                writer.add_scalar(metric, value, step)
+            writer.flush()
         self._lines.show(step, metrics, time.monotonic())
+
+    def _writer_or_none(self) -> Any:
+        if self._tensorboard and self._writer is None:
+            from torch.utils.tensorboard import SummaryWriter  # half a second, for the one process that writes
+
+            self._writer = SummaryWriter(str(self._dir / TENSORBOARD), purge_step=self._purge_step)
+        return self._writer
 
     def rollouts(self, step: int, groups: Sequence[Group]) -> None:
         append(self._dir / TRAINED, {"step": step, "groups": [group.id for group in groups]})
         if self._every and step % self._every == 0:
             scored = [(group, r, s) for group in groups for r, s in zip(group.rollouts, group.scores, strict=True)]
             count = min(self._kept, len(scored))
-            rows = [self._row(*scored[i * len(scored) // count]) for i in range(count)]
+            rows = [rollout_row(*scored[i * len(scored) // count], self._decode) for i in range(count)]
             file = self._dir / ROLLOUTS / f"step_{step}.jsonl"
             with written(file):
                 file.parent.mkdir(exist_ok=True)
@@ -104,7 +125,7 @@ class RunTracker:
 
     def rewind(self, step: int) -> None:
         self._purge_step = step + 1
-        for name in (METRICS, EVALUATIONS, TRAINED):
+        for name in (METRICS, MISMATCH, EVALUATIONS, TRAINED):
             file = self._dir / name
             if file.exists():
                 kept = [row for row in read_rows(file) if row["step"] <= step]
@@ -120,30 +141,20 @@ class RunTracker:
         if self._writer is not None:
             self._writer.close()
 
-    def _row(self, group: Group, rollout: Rollout, score: Score) -> dict[str, Any]:
-        spans = version_spans(rollout.versions)
-        ends = list(accumulate(length for _, length in spans))
-        pieces = [self._decode(rollout.tokens[start:end]) for start, end in pairwise([0, *ends])]
-        return {
-            "group": group.id,
-            "sample": rollout.sample,
-            "prompt": group.prompt.text,
-            "response": self._decode(rollout.tokens),
-            "answer": group.prompt.answer,
-            "reward": score.value,
-            "status": score.status,
-            "reason": score.reason,
-            "tokens": len(rollout.tokens),
-            "versions": spans,
-            "pieces": pieces if len(pieces) > 1 else [],  # the response again, cut where the version changes
-            "finish_reason": rollout.finish_reason,
-            "engine_logprob_mean": fmean(rollout.engine_logprobs) if rollout.engine_logprobs else None,
-        }
 
-
-def version_spans(versions: Sequence[int]) -> list[tuple[int, int]]:
-    """(weight version, number of tokens), in order."""
-    return [(version, len(list(run))) for version, run in groupby(versions)]
+def as_tensorboard_takes_it(histogram: Histogram) -> dict[str, Any]:
+    """Of log10 of the sizes; sum and square sum, which it does not draw, by the middles of the bins."""
+    kept = histogram.trimmed()
+    middles = [kept.edge(number) + kept.width / 2 for number in range(len(kept))]
+    return {
+        "min": kept.edge(0),
+        "max": kept.edge(len(kept)),
+        "num": kept.total,
+        "sum": sum(middle * count for middle, count in zip(middles, kept.counts, strict=True)),
+        "sum_squares": sum(middle**2 * count for middle, count in zip(middles, kept.counts, strict=True)),
+        "bucket_limits": [kept.edge(number + 1) for number in range(len(kept))],
+        "bucket_counts": list(kept.counts),
+    }
 
 
 def append(file: Path, row: Mapping[str, Any]) -> None:

@@ -14,10 +14,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron_rl.algorithms.histogram import Histogram
 from megatron_rl.config import UserError
 from megatron_rl.observability.charts import (
     MAX_POINTS,
     Series,
+    Sides,
     cleaned,
     line_chart,
     linear_ticks,
@@ -25,6 +27,7 @@ from megatron_rl.observability.charts import (
     number_text,
     smoothed,
     thinned,
+    two_sided_histogram,
 )
 from megatron_rl.observability.lessons import lessons
 from megatron_rl.observability.report import with_rates, write_report
@@ -207,6 +210,59 @@ def test_a_report_is_one_file_with_numbers_sentences_curves_and_samples(tmp_path
     assert HOSTILE in page.text and "no answer" in page.text  # as text
     assert "Entropy" not in page.text  # no numbers, no chart
     assert not list((tmp_path / "run").glob("*.tmp"))
+
+
+def with_mismatch(folder: Path, steps: int = 30) -> Path:
+    """make_run's, with the gap measured in every step."""
+    rows = [json.loads(line) for line in (make_run(folder, steps) / "metrics.jsonl").read_text().splitlines()[:steps]]
+    for row in rows:
+        row |= {"mismatch/gap_p99": 0.01, "mismatch/prob_gap_mean": 0.002, "mismatch/ess": 0.98, "mismatch/kl_engine_train": 1e-5}
+        row |= {f"mismatch/by_age/{age}/{name}": 0.5 for age in ("0", "8_up") for name in ("share", "gap_mean", "gap_p99")}
+        row["mismatch/by_age/0/gap_mean"] = 9.0 if row["step"] <= 20 else 0.25  # not of the last ten steps
+        row["mismatch/by_entropy/top_5/entropy_from"] = 0.75
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    bins = {"log10_from": -4.0, "log10_width": 0.125, "counts": [1, 2, 1]}
+    lines = [json.dumps({"step": s, "mismatch/gap_above": bins, "mismatch/gap_below": bins}) for s in range(1, steps + 1)]
+    (folder / "mismatch.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def test_the_mismatch_has_a_section_of_its_own(tmp_path: Path) -> None:
+    text = Page(write_report(with_mismatch(tmp_path / "run"))).text
+    for words in (
+        "Mismatch between trainer and engine",
+        "Gap in probability",
+        "Effective sample size",
+        "98.0\u00a0%",
+        "Weight versions since sampling",
+        "8 and more",
+        "Means over steps 21 to 30",
+        "Tokens by entropy",
+        "The gap's distribution",
+    ):
+        assert words in text, words
+    assert "2 to 3" not in text  # no tokens of that age
+    table = re.search(r"<td>0</td>(.*?)</tr>", (tmp_path / "run/report.html").read_text())
+    assert table and "<td>0.25</td>" in table[1] and "9" not in table[1]
+
+
+def test_a_run_that_measured_no_gap_has_no_such_section(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "sft/nll": 2.0}\n')
+    assert "Mismatch" not in Page(write_report(tmp_path)).text
+
+
+def test_the_area_of_a_histogram_is_its_share_of_all() -> None:
+    """Two bins below, one above, of 1/4, 1/4 and 1/2: heights on an axis from 0 to 60 %."""
+    below, above = Histogram(-2.0, 0.5, (1.0, 1.0)), Histogram(-2.0, 0.5, (0.0, 2.0))
+    figure = two_sided_histogram("t", [Sides("first", below, above), Sides("nothing", Histogram(0, 1, ()), Histogram(0, 1, ()))])
+    left, right = re.findall(r'<path class="line s1" d="([^"]*)"', figure)
+    bottom, quarter, half = 166.0, 101.0, 36.0
+    assert [float(point.split()[1]) for point in re.split("[ML]", left)[1:]] == [bottom, *[quarter] * 4, bottom]
+    assert [float(point.split()[1]) for point in re.split("[ML]", right)[1:]] == [bottom, half, half, bottom]
+    middle = (52 + 420 - 18) / 2
+    places = [float(point.split()[0]) for point in re.split("[ML]", left + right)[1:]]
+    assert places[0] == middle and max(places[:6]) == middle and min(places[6:]) > middle
+    assert "nothing" not in figure and two_sided_histogram("t", []) == ""
 
 
 def test_a_run_without_anything_but_metrics_has_a_report(tmp_path: Path) -> None:

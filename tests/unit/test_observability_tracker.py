@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 from pathlib import Path
 
 import pytest
+import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from megatron_rl.algorithms.histogram import Histogram
 from megatron_rl.config import UserError
+from megatron_rl.observability.alarms import Alarm
 from megatron_rl.observability.console import StepLines, step_line
+from megatron_rl.observability.rollout_rows import tokens_of_row, version_spans
 from megatron_rl.observability.summary import read_rows, rl_summary
-from megatron_rl.observability.tracker import RunTracker, version_spans
+from megatron_rl.observability.tracker import RunTracker
 from megatron_rl.types import Group, Prompt, Rollout, Score
 
 
@@ -45,6 +51,64 @@ def test_rollouts_are_readable(tmp_path: Path) -> None:
     (row,) = rows(tmp_path / "rollouts" / "step_3.jsonl")
     assert row["prompt"] == "p?" and row["response"] == "(5, 6, 7)" and row["reward"] == 1.0
     assert row["versions"] == [[0, 2], [1, 1]] and row["engine_logprob_mean"] == -1.0
+
+
+def test_a_dump_holds_what_the_engine_sampled_to_the_last_bit(tmp_path: Path) -> None:
+    prompt = Prompt("p", "p?", (3, 1, 157_183), "a", "exact")
+    logprobs = (*torch.randn(50).sub(2).tolist(), -math.inf)
+    rollout = Rollout("0:p#0", prompt, 0, tuple(range(51)), logprobs, (*[4] * 20, *[5] * 31), "stop")
+    tracker(tmp_path).rollouts(6, [Group("0:p", prompt, (rollout,), (Score(1.0, "correct"),))])
+    (row,) = rows(tmp_path / "rollouts" / "step_6.jsonl")
+    assert tokens_of_row(row) == (prompt.tokens, rollout.tokens, rollout.engine_logprobs, rollout.versions)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"engine_logprobs": None}, "'engine_logprobs' is not base64 of 4-byte numbers"),
+        ({"response_ids": "AAAA"}, "'response_ids' is not base64 of 4-byte numbers"),
+        ({"response_ids": "AAAA$"}, "'response_ids' is not base64"),
+        ({"response_ids": "AAAAAA=="}, "1 response tokens, 3 engine log-probs and 3 versions"),
+        ({"versions": [[0, 2]]}, "3 response tokens, 3 engine log-probs and 2 versions"),
+        ({"versions": 7}, "'versions' is no list"),
+    ],
+)
+def test_a_row_that_does_not_fit_together_says_so(tmp_path: Path, change: dict[str, object], words: str) -> None:
+    tracker(tmp_path).rollouts(1, [group("p")])
+    row = rows(tmp_path / "rollouts" / "step_1.jsonl")[0]
+    with pytest.raises(ValueError, match=re.escape(words)):
+        tokens_of_row(row | change)
+    del row["prompt_ids"]
+    with pytest.raises(ValueError, match="no 'prompt_ids': a dump without the tokens"):
+        tokens_of_row(row)
+
+
+def test_histograms_are_one_compact_object_and_drawn_by_tensorboard(tmp_path: Path) -> None:
+    t = tracker(tmp_path)
+    gap, nothing = Histogram(-4.0, 0.5, (0.0, 2.0, 0.0, 3.0, 0.0)), Histogram(-4.0, 0.5, (0.0, 0.0))
+    for step in (1, 2, 3):
+        t.histograms(step, {"mismatch/gap_above": gap, "mismatch/gap_below": nothing})
+    t.close()
+    kept = {"log10_from": -3.5, "log10_width": 0.5, "counts": [2, 0, 3]}
+    assert rows(tmp_path / "mismatch.jsonl") == [{"step": step, "mismatch/gap_above": kept} for step in (1, 2, 3)]
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    drawn = list(events.Tags()["histograms"])
+    assert drawn == ["mismatch/gap_above_log10"]
+    value = events.Histograms(drawn[0])[0].histogram_value
+    assert (value.min, value.max, value.num, value.sum) == (-3.5, -2.0, 5.0, 2 * -3.25 + 3 * -2.25)
+    assert list(value.bucket_limit) == [-3.0, -2.5, -2.0] and list(value.bucket) == [2.0, 0.0, 3.0]
+    t = tracker(tmp_path)
+    t.rewind(1)
+    assert [row["step"] for row in rows(tmp_path / "mismatch.jsonl")] == [1]
+
+
+def test_an_alarm_is_one_line_of_the_log(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    alarm = Alarm("mismatch/prob_gap_mean", 0.05, "look there")
+    t = RunTracker(tmp_path, steps=9, decode=str, tensorboard=False, rollouts_every=0, rollouts_kept=1, alarms=[alarm])
+    for step, value in enumerate((0.01, 0.06, 0.07), start=1):
+        t.log(step, {"mismatch/prob_gap_mean": value})
+    assert [r.getMessage() for r in caplog.records] == ["step 2: mismatch/prob_gap_mean is 0.06, above 0.05: look there"]
+    assert caplog.records[0].levelname == "WARNING"
 
 
 def test_rewind_forgets_what_came_after_and_a_torn_line(tmp_path: Path) -> None:
