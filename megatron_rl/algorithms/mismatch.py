@@ -4,7 +4,7 @@
     mismatch_metrics(totals), mismatch_histograms(totals)                       # once a step, of all of them together
 
 The gap of a token is old_logprobs - engine_logprobs = log k. Percentiles and groups cannot be added up, counts in fixed bins can:
-sizes fall into bins of an eighth of a decade (`GAP_BINS`), entropies into such of a quarter, jointly, and percentiles and the
+sizes fall into bins of an eighth of a decade (`GAP_BINS`), entropies into such of a twelfth, jointly, and percentiles and the
 quantile groups of the entropy are read off the counts of the whole step.
 
 Invariants (tests/unit/test_algorithms_mismatch.py):
@@ -61,7 +61,7 @@ class Bins:
 
 GAP_BINS = Bins(-7, 2, 8)  # nats; below: rounding of float32, told as 0
 PROB_BINS = Bins(-7, 0, 8)
-ENTROPY_BINS = Bins(-5, 2, 4)
+ENTROPY_BINS = Bins(-4, 2, 12)
 TOKENS, MASKED, GAP_SUM, PROB_GAP_SUM = range(4)  # columns of the tables by age and by entropy
 
 
