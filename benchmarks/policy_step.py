@@ -65,7 +65,7 @@ def batches(
         for start in ends[:-1].tolist():
             mask_T[start : start + args.prompt] = 0.0
         fields = {name: torch.full((total,), -4.0) for name in ("engine_logprobs", "old_logprobs")}
-        fields |= {"advantages": torch.randn(total), "weight": mask_T / 1000, "fresh": mask_T}
+        fields |= {"advantages": torch.randn(total), "weight": mask_T / 1000, "age": torch.zeros(total)}
         mine.append(PackedBatch(torch.randint(model.vocab_size, (total,)), ends.to(torch.int32), mask_T, fields))
     return mine, sum(lengths), sum(lengths) - args.prompt * args.sequences
 

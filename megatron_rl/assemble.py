@@ -175,7 +175,9 @@ def policy_parts(config: RlRun | SftRun, run_dir: Path, stack: ExitStack) -> Pol
 
 
 def rl_parts(config: RlRun, run_dir: Path, core: PolicyParts, stop: StopFlag, stack: ExitStack) -> RlParts:
+    from megatron_rl.algorithms.correction import Correction
     from megatron_rl.algorithms.loss import policy_loss
+    from megatron_rl.algorithms.surrogates import Surrogate
     from megatron_rl.loops.parts import RlParts
     from megatron_rl.resharding.execute import Resharder
     from megatron_rl.resharding.push import PushToEngines, frozen
@@ -192,12 +194,10 @@ def rl_parts(config: RlRun, run_dir: Path, core: PolicyParts, stop: StopFlag, st
         timeout_s=2 * sync.timeout_s,  # another rank may be waiting for an engine as long as it may
     )
     loss = policy_loss(
-        correction=algorithm.correction.kind,
-        low=algorithm.correction.low,
-        high=algorithm.correction.high,
-        clip_low=algorithm.clip_low,
-        clip_high=algorithm.clip_high,
-        kl_weight=algorithm.kl_weight,
+        correction=Correction(**algorithm.correction.model_dump()),
+        surrogate=Surrogate(algorithm.surrogate, algorithm.clip_low, algorithm.clip_high, algorithm.dual_clip),
+        kl_weight=algorithm.kl_weight if algorithm.kl_in == "loss" else 0.0,
+        kl_estimator=algorithm.kl_estimator,
         entropy_weight=algorithm.entropy_weight,
         old_logprobs=algorithm.old_logprobs,
     )

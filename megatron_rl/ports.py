@@ -36,6 +36,9 @@ class Ranks(Protocol):
     def barrier(self, what: str) -> None:
         """*Collective*."""
 
+    def sum_over_replicas(self, values: torch.Tensor, what: str) -> torch.Tensor:
+        """*Collective*: `values` lie on the policy's device and are the same on all ranks of a replica."""
+
 
 class Policy(Protocol):
     """The model under training. Every method is *collective*."""

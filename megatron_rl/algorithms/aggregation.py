@@ -5,7 +5,8 @@ packing nor the number of replicas can change it.
 
 Invariants (tests/unit/test_algorithms_aggregation.py):
 - token and sequence: the weights of all tokens add up to 1; so do token_budget's where the budget is filled;
-- token_budget: kept tokens add up to min(budget, all of them), and the divisor is the budget, always.
+- token_budget: kept tokens add up to min(budget, all of them), and the divisor is the budget, always;
+- constant: a token weighs the same however long its own response and the others are.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-AggregationMethod = Literal["token_budget", "token", "sequence"]
+AggregationMethod = Literal["token_budget", "token", "sequence", "constant"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +28,11 @@ class TokenWeights:
 
 
 def token_weights(
-    response_lengths: Sequence[int], group_ids: Sequence[Hashable], method: AggregationMethod, budget: int | None = None
+    response_lengths: Sequence[int],
+    group_ids: Sequence[Hashable],
+    method: AggregationMethod,
+    budget: int | None = None,
+    constant: int | None = None,
 ) -> TokenWeights:
     """`response_lengths` in tokens, over all replicas, groups in the order in which they may take the budget.
 
@@ -36,8 +41,9 @@ def token_weights(
       (arXiv 2510.18855, section 2.3.2).
     - token_budget: 1 / budget (C3PO, arXiv 2506.14731, section 3.2). Responses fill the budget one after the other, the one
       that crosses it is cut there. Advantages come first: they need whole groups and whole responses.
+    - constant: 1 / (responses x constant), whatever their lengths (Dr.GRPO, arXiv 2503.20783, section 3.1).
 
-    Raises ValueError for an empty response, and for token_budget without a budget.
+    Raises ValueError for an empty response, and for token_budget or constant without theirs.
     """
     if len(response_lengths) != len(group_ids) or min(response_lengths, default=1) < 1:
         raise ValueError(f"one group id and at least one token per response: lengths {response_lengths}, group ids {group_ids}")
@@ -48,6 +54,10 @@ def token_weights(
         sizes = Counter(group_ids)
         weights = tuple(1 / (len(sizes) * sizes[group] * length) for group, length in zip(group_ids, keep, strict=True))
         return TokenWeights(weights, keep)
+    if method == "constant":
+        if constant is None or constant < 1:
+            raise ValueError(f"constant needs a constant of at least one token, not {constant}")
+        return TokenWeights(tuple(1 / (len(keep) * constant) for _ in keep), keep)
     if budget is None or budget < 1:
         raise ValueError(f"token_budget needs a budget of at least one token, not {budget}")
     keep = _fill(keep, budget)

@@ -18,18 +18,22 @@ from typing import Literal
 import torch
 
 from megatron_rl.algorithms.batch import LossOutput, PackedBatch
-from megatron_rl.algorithms.correction import CorrectionKind, correction_weights
+from megatron_rl.algorithms.correction import Correction, off_policy_sequence_mask
+from megatron_rl.algorithms.kl import KlEstimator, k3, kl_estimate, limited
+from megatron_rl.algorithms.surrogates import Surrogate
 
+ICEPOP, PPO = Correction(), Surrogate()
 TokenLoss = Callable[[torch.Tensor, torch.Tensor, PackedBatch], LossOutput]
-# exp overflows float32 at 88, and min(inf A, clipped) still sends inf x 0 = NaN backwards; far outside of any clip range.
-LOG_RATIO_LIMIT = 20.0
 MEANS = {  # a sum over tokens -> (the metric, the sum that counts these tokens)
     "mismatch/masked": ("mismatch/masked_fraction", "tokens"),
+    "mismatch/masked_low": ("mismatch/masked_low_fraction", "tokens"),
+    "mismatch/masked_high": ("mismatch/masked_high_fraction", "tokens"),
     "mismatch/logprob_gap_sum": ("mismatch/logprob_gap_mean", "mismatch/fresh_tokens"),
     "mismatch/stale_gap_sum": ("mismatch/stale_gap_mean", "mismatch/stale_tokens"),
     "policy/clipped": ("policy/clip_fraction", "tokens"),
     "policy/entropy_sum": ("policy/entropy", "tokens"),
     "policy/kl_old_new_sum": ("policy/kl_old_new", "tokens"),
+    "policy/off_policy_masked": ("policy/off_policy_masked_fraction", "tokens"),
     "policy/old_logprob_sum": ("policy/old_logprob", "tokens"),
     "sft/nll_sum": ("sft/nll", "tokens"),
 }
@@ -37,25 +41,25 @@ MEANS = {  # a sum over tokens -> (the metric, the sum that counts these tokens)
 
 def policy_loss(
     *,
-    correction: CorrectionKind = "icepop",
-    low: float = 0.5,
-    high: float = 5.0,
-    clip_low: float = 0.2,
-    clip_high: float = 0.2,
+    correction: Correction = ICEPOP,
+    surrogate: Surrogate = PPO,
     kl_weight: float = 0.0,
+    kl_estimator: KlEstimator = "k3",
     entropy_weight: float = 0.0,
     old_logprobs: Literal["recompute", "reuse"] = "recompute",
 ) -> TokenLoss:
-    """IcePop on top of clipped policy gradients (Ring-1T, arXiv 2510.18855, section 2.3.2), to be minimised:
+    """A corrected, clipped policy gradient, to be minimised; by default IcePop (Ring-1T, arXiv 2510.18855, section 2.3.2):
 
-        - sum_t weight (M(k) min(r A, clip(r, 1 - clip_low, 1 + clip_high) A) - kl_weight KL(new || ref) + entropy_weight H)
+        - sum_t weight (M_t objective_t - kl_weight KL(new || ref) + entropy_weight H)
 
-    with r = exp(new - old), k = exp(old - engine), KL by the k3 estimator, A and weight per token. Reads the fields advantages,
-    engine_logprobs, weight, fresh; old_logprobs unless they are to be reused (then old = new, detached: r = 1, its gradient kept);
-    ref_logprobs if kl_weight > 0. Log-probs in nats.
+    with M from k = exp(old - engine) (correction.py), the objective from r = exp(new - old) and A (surrogates.py), KL as in kl.py,
+    A and weight per token. C3PO's report (arXiv 2506.14731) prints +alpha H in its loss and says that it encourages exploration:
+    here a positive entropy_weight does.
 
-    |engine - old| is logged apart for tokens that the present weights sampled (`fresh` = 1: the gap between trainer and engine,
-    which ought to be rounding) and for those carried over from earlier weights (`fresh` = 0: staleness on top).
+    Reads the fields advantages, engine_logprobs, weight, age; old_logprobs unless they are to be reused (then old = new, detached:
+    r = 1, its gradient kept); ref_logprobs if kl_weight > 0. Log-probs in nats; age in versions, from the weights that sampled the
+    token to those under training. |engine - old| is logged apart for age 0 (the gap between trainer and engine, which ought to be
+    rounding) and for tokens carried over from earlier weights (staleness on top).
     """
 
     def loss(new_logprobs_T: torch.Tensor, entropy_T: torch.Tensor, batch: PackedBatch) -> LossOutput:
@@ -68,40 +72,57 @@ def policy_loss(
         old_T = new_T.detach() if old_logprobs == "reuse" else inside(batch.fields["old_logprobs"])
         engine_T, weight_T, advantages_T = (inside(batch.fields[name]) for name in ("engine_logprobs", "weight", "advantages"))
 
-        correction_T = torch.where(torch.isfinite(old_T), correction_weights(correction, old_T, engine_T, low, high), 0.0)
+        defined_T = mask_T & (new_T - old_T).detach().isfinite()
+        log_ratio_T = limited(torch.where(defined_T, new_T - old_T, 0.0))
+        correction_T = torch.where(defined_T, correction.weights(old_T, engine_T, batch), 0.0)
         used_T = correction_T > 0
-        log_ratio_T = _limited(torch.where(used_T, new_T - old_T, 0.0))
-        ratio_T = log_ratio_T.exp()
-        plain_T = ratio_T * advantages_T
-        clipped_T = ratio_T.clamp(1 - clip_low, 1 + clip_high) * advantages_T
-        terms = {"loss/policy": -(weight_T * correction_T * torch.minimum(plain_T, clipped_T)).sum()}
+        sampled_T = torch.where(defined_T, new_T, 0.0)
+        values_T, clipped_T = surrogate.objective(sampled_T, log_ratio_T, advantages_T, defined_T, batch)
+        weighted_T = weight_T * correction_T * values_T
+        sums = {}
+        if correction.off_policy_delta is not None:
+            near_T = off_policy_sequence_mask(new_T, old_T, advantages_T, batch, correction.off_policy_delta)
+            weighted_T = weighted_T * near_T
+            sums["policy/off_policy_masked"] = _count(mask_T & (near_T == 0), new_T)
+        terms = {"loss/policy": -weighted_T.sum()}
         if kl_weight > 0:
-            terms["loss/kl"] = kl_weight * (weight_T * _k3(inside(batch.fields["ref_logprobs"]) - new_T)).sum()
+            kl_T = kl_estimate(kl_estimator, new_T, inside(batch.fields["ref_logprobs"]), log_ratio_T)
+            terms["loss/kl"] = kl_weight * (weight_T * kl_T).sum()
         if entropy_weight > 0:
             terms["loss/entropy"] = -entropy_weight * (weight_T * entropy_T).sum()
 
-        gap_T = (engine_T - old_T).abs()
-        finite_T = torch.isfinite(gap_T)
-        gap_T = torch.where(finite_T, gap_T, 0.0)
-        fresh_T = inside(batch.fields["fresh"]) > 0
-        fresh_gap_T = torch.where(fresh_T, gap_T, 0.0)
-        sums = terms | {
-            "tokens": _count(mask_T, new_logprobs_T),
-            "mismatch/masked": _count(mask_T & ~used_T, new_logprobs_T),
-            "mismatch/logprob_gap_sum": fresh_gap_T.sum(),
-            "mismatch/fresh_tokens": _count(fresh_T, new_logprobs_T),
-            "mismatch/stale_gap_sum": (gap_T - fresh_gap_T).sum(),
-            "mismatch/stale_tokens": _count(mask_T & ~fresh_T, new_logprobs_T),
-            "mismatch/nonfinite": _count(~finite_T, new_logprobs_T),
-            "policy/clipped": _count(plain_T > clipped_T, new_logprobs_T),
+        sums |= terms | {
+            "tokens": _count(mask_T, new_T),
+            "policy/clipped": _count(clipped_T & used_T, new_T),
             "policy/entropy_sum": entropy_T.sum(),
-            "policy/kl_old_new_sum": _k3(log_ratio_T).sum(),
-            "policy/old_logprob_sum": torch.where(finite_T, old_T, 0.0).sum(),
+            "policy/kl_old_new_sum": k3(log_ratio_T).sum(),
+            "policy/old_logprob_sum": torch.where(old_T.isfinite(), old_T, 0.0).sum(),
         }
-        maxima = {"mismatch/logprob_gap_max": fresh_gap_T.max(), "mismatch/stale_gap_max": (gap_T - fresh_gap_T).max()}
-        return _output(terms, sums, maxima)
+        gaps, maxima = _gaps(engine_T - old_T, mask_T, used_T, inside(batch.fields["age"]) == 0)
+        return _output(terms, sums | gaps, maxima)
 
     return loss
+
+
+def _gaps(
+    gap_T: torch.Tensor, mask_T: torch.Tensor, used_T: torch.Tensor, age_0_T: torch.Tensor
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Sums and maxima about engine - old, and the tokens that the correction masks, by the side of 1 on which their k lies."""
+    masked_T, fresh_T, finite_T = mask_T & ~used_T, mask_T & age_0_T, gap_T.isfinite()
+    size_T = torch.where(finite_T, gap_T.abs(), 0.0)
+    fresh_size_T = torch.where(fresh_T, size_T, 0.0)
+    stale_size_T = size_T - fresh_size_T
+    sums = {
+        "mismatch/masked": _count(masked_T, gap_T),
+        "mismatch/masked_low": _count(masked_T & (gap_T > 0), gap_T),
+        "mismatch/masked_high": _count(masked_T & (gap_T < 0), gap_T),
+        "mismatch/logprob_gap_sum": fresh_size_T.sum(),
+        "mismatch/fresh_tokens": _count(fresh_T, gap_T),
+        "mismatch/stale_gap_sum": stale_size_T.sum(),
+        "mismatch/stale_tokens": _count(mask_T & ~fresh_T, gap_T),
+        "mismatch/nonfinite": _count(~finite_T, gap_T),
+    }
+    return sums, {"mismatch/logprob_gap_max": _largest(fresh_size_T), "mismatch/stale_gap_max": _largest(stale_size_T)}
 
 
 def sft_loss(new_logprobs_T: torch.Tensor, entropy_T: torch.Tensor, batch: PackedBatch) -> LossOutput:
@@ -129,19 +150,12 @@ def summarise(totals: Mapping[str, float]) -> dict[str, float]:
     return metrics
 
 
-def _limited(log_ratio_T: torch.Tensor) -> torch.Tensor:
-    return log_ratio_T.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
-
-
-def _k3(log_ratio_T: torch.Tensor) -> torch.Tensor:
-    """exp(x) - x - 1 >= 0: with x = log q - log p of samples from p, an unbiased estimator of KL(p || q)
-    (Schulman 2020, "Approximating KL divergence"; DeepSeekMath, arXiv 2402.03300, equation 4)."""
-    x_T = _limited(log_ratio_T)
-    return x_T.exp() - x_T - 1
-
-
 def _count(flags_T: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return flags_T.sum(dtype=like.dtype)  # one dtype for all sums: they are reduced together
+
+
+def _largest(sizes_T: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.pad(sizes_T, (0, 1)).max()  # 0 over no token, as a CP rank may have
 
 
 def _output(terms: dict[str, torch.Tensor], sums: dict[str, torch.Tensor], maxima: dict[str, torch.Tensor]) -> LossOutput:

@@ -10,31 +10,45 @@ from megatron_rl.config.base import Config
 
 
 class CorrectionConfig(Config):
-    """The train/infer correction k = exp(old_logprobs - engine_logprobs), per token."""
+    """What a token's policy gradient weighs, from k = exp(old_logprobs - engine_logprobs). All that are set multiply."""
 
-    kind: Literal["icepop", "none"] = "icepop"
-    low: NonNegativeFloat = 0.5  # alpha
+    kind: Literal["icepop", "tis", "clip", "kpop", "none"] = "icepop"  # the token's own weight
+    low: NonNegativeFloat = 0.5  # of icepop (alpha) and clip
     high: PositiveFloat = 5.0  # beta
+    cap: PositiveFloat = 2.0  # of tis: min(k, cap)
+    phi: PositiveFloat | None = None  # of kpop, and needed there
+    sequence_band: tuple[NonNegativeFloat, PositiveFloat] | None = None  # [low, high] of the sequence's geometric mean of k (MIS)
+    off_policy_delta: NonNegativeFloat | None = None  # sequences with A < 0 and mean(old - new) above it give no policy gradient
 
     @model_validator(mode="after")
     def _band(self) -> Self:
         if self.low >= self.high:
             raise ValueError(f"low={self.low} is not below high={self.high}")
+        if self.sequence_band and self.sequence_band[0] >= self.sequence_band[1]:
+            raise ValueError(f"sequence_band={list(self.sequence_band)}: the first is not below the second")
+        if self.kind == "kpop" and self.phi is None:
+            raise ValueError("phi=null: kind=kpop needs it, and published values differ twentyfold (0.1, 2.0): measure first")
         return self
 
 
 class AlgorithmConfig(Config):
-    advantage: Literal["grpo", "dr_grpo", "rloo", "reinforce"] = "grpo"
-    # Groups whose rewards are all equal carry no gradient; resample: others take their place within the phase (DAPO).
-    zero_variance: Literal["keep", "drop", "resample"] = "drop"
+    advantage: Literal["grpo", "dr_grpo", "rloo", "reinforce", "reinforce_pp", "reinforce_pp_baseline"] = "grpo"
+    # Groups that teach nothing, because all rewards are equal. mask: they stay in every divisor, and that is all; resample: others
+    # take their place within the phase (DAPO).
+    zero_variance: Literal["keep", "mask", "drop", "resample"] = "drop"
     correction: CorrectionConfig = CorrectionConfig()
-    clip_low: PositiveFloat = 0.2
+    surrogate: Literal["ppo", "gspo", "cispo", "gmpo", "reinforce"] = "ppo"
+    clip_low: PositiveFloat = 0.2  # of the ratio's distance from 1; under gmpo of its logarithm
     clip_high: PositiveFloat = 0.2
-    kl_weight: NonNegativeFloat = 0.0  # of k3 against the policy the run started from
+    dual_clip: PositiveFloat | None = None  # of ppo: the largest ratio that counts against A < 0
+    kl_weight: NonNegativeFloat = 0.0  # against the policy the run started from
+    kl_estimator: Literal["k1", "k2", "k3", "unbiased"] = "k3"
+    kl_in: Literal["loss", "reward"] = "loss"  # reward: summed over the response and subtracted before the advantages
     entropy_weight: NonNegativeFloat = 0.0  # enters the loss as -entropy_weight * H
-    aggregation: Literal["token_budget", "token", "sequence"] = "sequence"
+    aggregation: Literal["token_budget", "token", "sequence", "constant"] = "sequence"
     train_token_budget: PositiveInt | None = None  # C3PO's Phi on the training side, over all replicas; with token_budget
     train_overflow: Literal["carry", "discard"] = "carry"  # finished groups beyond that budget: to the next step, or given up
+    loss_constant: PositiveInt | None = None  # tokens, of aggregation=constant; null: rollout.max_response_tokens
     old_logprobs: Literal["recompute", "reuse"] = "recompute"  # reuse: the update's own forward, exact while strictly on-policy
     updates_per_step: PositiveInt = 1
 
@@ -44,4 +58,10 @@ class AlgorithmConfig(Config):
             raise ValueError("aggregation=token_budget needs train_token_budget")
         if self.old_logprobs == "reuse" and self.updates_per_step > 1:
             raise ValueError("old_logprobs=reuse needs updates_per_step=1: later updates are off-policy")
+        if self.old_logprobs == "reuse" and self.kl_in == "reward":
+            raise ValueError("kl_in=reward needs old_logprobs=recompute: rewards are complete before the update's forward")
+        if self.kl_in == "loss" and self.kl_weight > 0 and self.kl_estimator == "k1":
+            raise ValueError("kl_estimator=k1 needs kl_in=reward: as a loss its gradient has mean 0")
+        if self.dual_clip is not None and (self.surrogate != "ppo" or self.dual_clip <= 1 + self.clip_high):
+            raise ValueError(f"dual_clip={self.dual_clip} needs surrogate=ppo and to be above 1 + clip_high = {1 + self.clip_high}")
         return self

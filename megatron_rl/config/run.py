@@ -76,6 +76,8 @@ class RlRun(Config):
             )
         if (self.eval.every or self.eval.at_ends) and not self.data.eval:
             raise ValueError("data.eval: null, but eval.every or eval.at_ends asks for an evaluation")
+        if self.algorithm.kl_in == "reward" and self.rollout.group_release == "early":
+            raise ValueError("algorithm.kl_in=reward needs rollout.group_release=complete: early members' log-probs are gone")
         return self
 
 

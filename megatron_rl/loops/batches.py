@@ -1,23 +1,28 @@
 """From groups of scored rollouts, or from SFT examples, to this replica's packed microbatches.
 
-Invariants:
+Invariants (tests/unit/test_batches.py):
 - the aggregation weights are fixed before packing, over all replicas: how sequences fall into microbatches never changes the loss;
+- what leaves the update under zero_variance=mask leaves no divisor: the others weigh what they would weigh beside it;
 - every replica gets the same number of microbatches, since expert- and pipeline-parallel ranks meet in each of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Protocol
 
 import torch
 
-from megatron_rl.algorithms.advantages import AdvantageMethod, group_advantages
+from megatron_rl.algorithms.advantages import AdvantageMethod, step_advantages, teaches_nothing
 from megatron_rl.algorithms.aggregation import AggregationMethod, token_weights
 from megatron_rl.algorithms.batch import PackedBatch
+from megatron_rl.algorithms.kl import KlEstimator, kl_estimate
 from megatron_rl.scheduler.packing import pack
 from megatron_rl.types import Group
+
+NO_PENALTY: Mapping[str, float] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -27,14 +32,15 @@ class TrainSequence:
     prompt: tuple[int, ...]
     response: tuple[int, ...]
     fields: dict[str, torch.Tensor]  # name -> (len(response),)
+    rollout_id: str = ""
 
     def __len__(self) -> int:
         return len(self.prompt) + len(self.response)
 
 
 def usable_groups(groups: Sequence[Group], *, advantage: AdvantageMethod, zero_variance: str, exclude_failed: bool) -> list[Group]:
-    """With `exclude_failed`, members without a judgement leave their group; with zero_variance="drop", groups leave whose
-    advantages are all zero: they carry no gradient."""
+    """With `exclude_failed`, members without a judgement leave their group; with zero_variance="drop" or "resample", groups leave
+    that teach nothing."""
     usable = []
     for group in groups:
         if exclude_failed:
@@ -42,15 +48,25 @@ def usable_groups(groups: Sequence[Group], *, advantage: AdvantageMethod, zero_v
             if not kept:
                 continue
             group = replace(group, rollouts=tuple(r for r, _ in kept), scores=tuple(s for _, s in kept))
-        if zero_variance == "keep" or any(advantages(group, advantage)):
+        if zero_variance in ("keep", "mask") or not teaches_nothing(_rewards(group, NO_PENALTY), advantage):
             usable.append(group)
     return usable
 
 
-def advantages(group: Group, method: AdvantageMethod) -> list[float]:
-    rewards_G = torch.tensor((*group.rewards, *group.earlier_rewards), dtype=torch.float32)
-    values: list[float] = group_advantages(rewards_G, method)[: len(group.rewards)].tolist()
+def rollout_advantages(
+    groups: Sequence[Group], method: AdvantageMethod, penalties: Mapping[str, float] = NO_PENALTY
+) -> dict[str, float]:
+    """By rollout id; `penalties`, by rollout id too, are subtracted from the rewards first."""
+    values: dict[str, float] = {}
+    per_group = step_advantages([_rewards(group, penalties) for group in groups], method)
+    for group, advantages_G in zip(groups, per_group, strict=True):
+        values |= zip((rollout.id for rollout in group.rollouts), advantages_G.tolist(), strict=False)
     return values
+
+
+def _rewards(group: Group, penalties: Mapping[str, float]) -> torch.Tensor:
+    own = [reward - penalties.get(rollout.id, 0.0) for rollout, reward in zip(group.rollouts, group.rewards, strict=True)]
+    return torch.tensor([*own, *group.earlier_rewards], dtype=torch.float32)
 
 
 def rl_sequences(
@@ -59,28 +75,51 @@ def rl_sequences(
     *,
     advantage: AdvantageMethod,
     aggregation: AggregationMethod,
-    train_token_budget: int | None,
+    train_token_budget: int | None = None,
+    loss_constant: int | None = None,
+    zero_variance: str = "keep",
 ) -> list[TrainSequence]:
     """Advantages over whole groups first, then the budget's truncation (C3PO, arXiv 2506.14731, section 3.2). `version` is that of
-    the weights under training."""
+    the weights under training. With zero_variance="mask", groups that teach nothing count in every divisor and have no sequence:
+    neither policy gradient nor KL nor entropy, and no forward pass."""
     rollouts = [(rollout, index) for index, group in enumerate(groups) for rollout in group.rollouts]
     if not rollouts:
         return []
-    values = [value for group in groups for value in advantages(group, advantage)]
     lengths, group_of = [len(rollout.tokens) for rollout, _ in rollouts], [index for _, index in rollouts]
-    weights = token_weights(lengths, group_of, method=aggregation, budget=train_token_budget)
+    weights = token_weights(lengths, group_of, aggregation, train_token_budget, loss_constant)
+    advantages = rollout_advantages(groups, advantage)
+    masked = {i for i, g in enumerate(groups) if zero_variance == "mask" and teaches_nothing(_rewards(g, NO_PENALTY), advantage)}
     sequences = []
-    for (rollout, _), value, weight, kept in zip(rollouts, values, weights.weights, weights.keep_lengths, strict=True):
-        if kept == 0:
+    for (rollout, index), weight, kept in zip(rollouts, weights.weights, weights.keep_lengths, strict=True):
+        if kept == 0 or index in masked:
             continue
         fields = {
-            "advantages": torch.full((kept,), value),
+            "advantages": torch.full((kept,), advantages[rollout.id]),
             "engine_logprobs": torch.tensor(rollout.engine_logprobs[:kept]),
-            "fresh": torch.tensor([float(v == version) for v in rollout.versions[:kept]]),
+            "age": torch.tensor([float(version - v) for v in rollout.versions[:kept]]),
             "weight": torch.full((kept,), weight),
         }
-        sequences.append(TrainSequence(rollout.prompt.tokens, rollout.tokens[:kept], fields))
+        sequences.append(TrainSequence(rollout.prompt.tokens, rollout.tokens[:kept], fields, rollout.id))
     return sequences
+
+
+def sequence_kl(
+    share: Sequence[PackedBatch], places: Sequence[Sequence[int]], estimator: KlEstimator, sequences: int
+) -> torch.Tensor:
+    """KL(old || ref) of each of the step's `sequences`, summed over its response tokens; 0 for those of other replicas."""
+    sums = torch.zeros(sequences, device=share[0].tokens_T.device)
+    for batch, indices in zip(share, places, strict=True):
+        kl_T = kl_estimate(estimator, batch.fields["old_logprobs"], batch.fields["ref_logprobs"])
+        sums_S = batch.segment_sums(torch.where(batch.loss_mask_T > 0, kl_T, 0.0))
+        sums[list(indices)] = sums_S[: len(indices)]  # a filler is at no place
+    return sums
+
+
+def replace_advantages(share: Sequence[PackedBatch], places: Sequence[Sequence[int]], advantages: Sequence[float]) -> None:
+    """`advantages` of each of the step's sequences, into the microbatches that hold them."""
+    for batch, indices in zip(share, places, strict=True):
+        values_S = torch.tensor([advantages[index] for index in indices] or [0.0], device=batch.tokens_T.device)
+        batch.fields["advantages"] = values_S[batch.segment_ids_T]
 
 
 class Example(Protocol):
@@ -98,15 +137,18 @@ def sft_sequences(examples: Sequence[Example]) -> list[TrainSequence]:
     return [TrainSequence(e.prompt_tokens, e.response_tokens, {"weight": w}) for e, w in zip(examples, weights, strict=True)]
 
 
+def places(sequences: Sequence[TrainSequence], *, capacity: int, replicas: int, replica: int) -> list[list[int]]:
+    """Which sequences each of this replica's microbatches holds. `sequences` must be the same list on every rank and not empty."""
+    return pack([len(sequence) for sequence in sequences], capacity, replicas)[replica]
+
+
 def microbatches(
     sequences: Sequence[TrainSequence], *, capacity: int, replicas: int, replica: int, device: torch.device
 ) -> list[PackedBatch]:
-    """This replica's share. `sequences` must be the same list on every rank and not empty."""
-    shares = pack([len(sequence) for sequence in sequences], capacity, replicas)
-    names = tuple(sequences[0].fields)
-    filler = TrainSequence((0,), (0,), {name: torch.zeros(1) for name in names})
+    """This replica's share, as `places` says."""
+    filler = TrainSequence((0,), (0,), {name: torch.zeros(1) for name in sequences[0].fields})
     batches = []
-    for indices in shares[replica]:
+    for indices in places(sequences, capacity=capacity, replicas=replicas, replica=replica):
         members = [sequences[i] for i in indices]
         batches.append(_packed(members, mask=1.0, device=device) if members else _packed([filler], mask=0.0, device=device))
     return batches

@@ -8,9 +8,10 @@ the groups that are complete; weights version n are those after n steps. Engines
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from statistics import fmean
 
 import torch
 
@@ -21,6 +22,7 @@ from megatron_rl.loops import batches
 from megatron_rl.loops.conductor import Phase
 from megatron_rl.loops.parts import RlParts, bring_up_engines, hand_device_to_engines, hand_device_to_policy, push
 from megatron_rl.loops.statistics import group_metrics
+from megatron_rl.types import Group
 
 
 def train(config: RlRun, parts: RlParts) -> bool:
@@ -49,16 +51,9 @@ def train(config: RlRun, parts: RlParts) -> bool:
             zero_variance=config.algorithm.zero_variance,
             exclude_failed=config.reward.exclude_failed,
         )
-        sequences = batches.rl_sequences(
-            trained,
-            step,
-            advantage=config.algorithm.advantage,
-            aggregation=config.algorithm.aggregation,
-            train_token_budget=config.algorithm.train_token_budget,
-        )
         metrics |= dict(phase.metrics) | group_metrics((*phase.groups, *phase.useless), trained, step)
         with timed(metrics, "time/train_s"):
-            metrics |= update(config, parts, sequences)
+            metrics |= update(config, parts, trained, step)
 
         step += 1
         metrics["time/step_s"] = time.monotonic() - started + metrics["time/sync_s"]
@@ -85,28 +80,52 @@ def roll_out(config: RlRun, parts: RlParts, step: int) -> Phase:
         push(parts, step)
 
 
-def update(config: RlRun, parts: RlParts, sequences: list[batches.TrainSequence]) -> dict[str, float]:
-    """*Collective*: `updates_per_step` optimizer steps on one phase's sequences, against the same old log-probs."""
+def update(config: RlRun, parts: RlParts, groups: Sequence[Group], version: int) -> dict[str, float]:
+    """*Collective*: `updates_per_step` optimizer steps on one phase's groups, against the same old log-probs."""
+    algorithm, policy, ranks = config.algorithm, parts.policy, parts.ranks
+    sequences = batches.rl_sequences(
+        groups,
+        version,
+        advantage=algorithm.advantage,
+        aggregation=algorithm.aggregation,
+        train_token_budget=algorithm.train_token_budget,
+        loss_constant=algorithm.loss_constant or config.rollout.max_response_tokens,
+        zero_variance=algorithm.zero_variance,
+    )
     if not sequences:
         return {"policy/updates": 0.0}
     hand_device_to_policy(parts)
-    algorithm, policy, ranks = config.algorithm, parts.policy, parts.ranks
     temperature = config.rollout.temperature or 1.0  # a greedy engine reports log-probs at temperature 1
-    share = batches.microbatches(
-        sequences,
-        capacity=config.parallel.microbatch_tokens,
-        replicas=ranks.dp_size,
-        replica=ranks.dp_rank,
-        device=parts.device,
-    )
+    split = {"capacity": config.parallel.microbatch_tokens, "replicas": ranks.dp_size, "replica": ranks.dp_rank}
+    share = batches.microbatches(sequences, **split, device=parts.device)
     if algorithm.old_logprobs == "recompute":
         add_field(share, "old_logprobs", policy.logprobs(share, temperature))
     if algorithm.kl_weight:
         add_field(share, "ref_logprobs", policy.reference_logprobs(share, temperature))
     metrics: dict[str, float] = {}
+    if algorithm.kl_weight and algorithm.kl_in == "reward":
+        metrics = penalise(config, parts, groups, sequences, share, batches.places(sequences, **split))
     for _ in range(algorithm.updates_per_step):
-        metrics = summarise(policy.train_step(share, parts.loss, temperature))
+        metrics |= summarise(policy.train_step(share, parts.loss, temperature))
     return metrics | {"policy/updates": float(algorithm.updates_per_step)}
+
+
+def penalise(
+    config: RlRun,
+    parts: RlParts,
+    groups: Sequence[Group],
+    sequences: Sequence[batches.TrainSequence],
+    share: list[PackedBatch],
+    places: list[list[int]],
+) -> dict[str, float]:
+    """*Collective*: advantages of rewards less kl_weight KL(old || ref) of the response, into the microbatches."""
+    algorithm = config.algorithm
+    own = batches.sequence_kl(share, places, algorithm.kl_estimator, len(sequences))
+    kl = parts.ranks.sum_over_replicas(own, "the KL of all sequences").tolist()
+    penalties = {sequence.rollout_id: algorithm.kl_weight * value for sequence, value in zip(sequences, kl, strict=True)}
+    advantages = batches.rollout_advantages(groups, algorithm.advantage, penalties)
+    batches.replace_advantages(share, places, [advantages[sequence.rollout_id] for sequence in sequences])
+    return {"reward/kl_penalty_mean": fmean(penalties.values())}
 
 
 def add_field(share: list[PackedBatch], name: str, values: list[torch.Tensor]) -> None:

@@ -186,9 +186,14 @@ class MegatronPolicy:
         tp = self._tp.size() if self._parallel.sequence_parallel else 1
         prepared = []
         for batch in batches:
-            inputs = rank_inputs(batch, tp=tp, cp=self._cp.size(), cp_rank=self._cp.rank())
+            inputs = rank_inputs(batch, tp=tp, cp=self._cp.size(), cp_rank=self._cp.rank(), over_cp=self._sum_over_cp)
             prepared.append(Prepared(inputs, self._packed_seq_params(inputs)))
         return prepared
+
+    def _sum_over_cp(self, values: torch.Tensor) -> torch.Tensor:
+        summed = values.clone()
+        dist.all_reduce(summed, group=self._cp)
+        return summed
 
     def _packed_seq_params(self, inputs: RankInputs) -> Any:
         from megatron_rl.policy import attention

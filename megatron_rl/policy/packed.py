@@ -14,11 +14,12 @@ Invariants: every token of the batch belongs to exactly one CP rank; without CP 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 
-from megatron_rl.algorithms.batch import PackedBatch
+from megatron_rl.algorithms.batch import PackedBatch, alone
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,10 @@ class RankInputs:
         return values_R[self.rows_N].masked_fill(self.first_N, 0.0)
 
 
-def rank_inputs(batch: PackedBatch, *, tp: int, cp: int, cp_rank: int) -> RankInputs:
+def rank_inputs(
+    batch: PackedBatch, *, tp: int, cp: int, cp_rank: int, over_cp: Callable[[torch.Tensor], torch.Tensor] = alone
+) -> RankInputs:
+    """`over_cp` sums a tensor over the CP ranks: of the rank's own batch, whose segments they share."""
     device = batch.tokens_T.device
     starts_S, lengths_S = batch.cu_seqlens[:-1].long(), batch.cu_seqlens.diff().long()
     padded_S = lengths_S if cp == 1 else (lengths_S + 2 * cp - 1) // (2 * cp) * (2 * cp)
@@ -85,7 +89,7 @@ def rank_inputs(batch: PackedBatch, *, tp: int, cp: int, cp_rank: int) -> RankIn
         tokens_N=tokens_N,
         rows_N=rows_T[tokens_N].clamp(min=0),
         first_N=first_T[tokens_N],
-        batch=batch if cp == 1 else _select(batch, tokens_N),
+        batch=batch if cp == 1 else replace(_select(batch, tokens_N), over_cp=over_cp),
     )
 
 

@@ -1,4 +1,4 @@
-"""Where this process stands among the policy's ranks: torch.distributed, Megatron's process groups, and two collectives.
+"""Where this process stands among the policy's ranks: torch.distributed, Megatron's process groups, and three collectives.
 
 Invariants: a wait beyond `parallel.timeout_s` raises and says for what; a rank that waits sleeps (gloo blocks on a condition, it
 does not spin), so that the engines have the cores; the ranks of one replica (CP, TP and PP) share a dp_rank, and expert-parallel
@@ -37,6 +37,7 @@ class MegatronRanks:
         _init_megatron(parallel, seed)
         from megatron.core import parallel_state as mpu
 
+        self._replicas = mpu.get_data_parallel_group()
         self.dp_rank, self.dp_size = mpu.get_data_parallel_rank(), mpu.get_data_parallel_world_size()
         # Objects and barriers go over gloo on any device: NCCL's waits occupy the device that the engines are using.
         self._gloo = dist.new_group(backend="gloo", timeout=timeout)
@@ -54,6 +55,14 @@ class MegatronRanks:
             dist.barrier(group=self._gloo)
         except RuntimeError as error:
             raise self._lost(what, error) from error
+
+    def sum_over_replicas(self, values: torch.Tensor, what: str) -> torch.Tensor:
+        summed = values.clone()
+        try:
+            dist.all_reduce(summed, group=self._replicas)
+        except RuntimeError as error:
+            raise self._lost(what, error) from error
+        return summed
 
     def close(self) -> None:
         from megatron.core import parallel_state as mpu

@@ -58,7 +58,7 @@ def microbatch(seed: int) -> PackedBatch:
         fields={
             "advantages": 1.0 + 0.5 * torch.randn(total, generator=random),
             "weight": torch.full((total,), 0.01),
-            "fresh": torch.ones(total),
+            "age": torch.zeros(total),
         },
     )
 

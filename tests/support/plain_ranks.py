@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 
@@ -22,3 +23,8 @@ class PlainRanks:
 
     def barrier(self, what: str) -> None:
         dist.barrier()
+
+    def sum_over_replicas(self, values: torch.Tensor, what: str) -> torch.Tensor:
+        summed = values.clone()
+        dist.all_reduce(summed)
+        return summed

@@ -40,6 +40,12 @@ def test_token_budget_divides_by_the_budget_even_when_it_is_not_filled() -> None
     assert result.weights == (0.01,) * 3 and result.keep_lengths == (2, 6, 4)
 
 
+def test_constant_by_hand() -> None:
+    result = token_weights(LENGTHS, GROUPS, "constant", constant=8)
+    assert result.weights == (1 / 24,) * 3 and result.keep_lengths == (2, 6, 4)
+    assert token_weights([200, 1, 1], GROUPS, "constant", constant=8).weights == result.weights
+
+
 @pytest.mark.parametrize(("method", "budget"), [("token", None), ("sequence", None), ("token_budget", 17)])
 def test_the_weights_of_all_kept_tokens_add_up_to_one(method: str, budget: int | None) -> None:
     result = token_weights([3, 5, 7, 1, 4], [0, 0, 1, 1, 2], method, budget)  # type: ignore[arg-type]
@@ -57,3 +63,5 @@ def test_wrong_input_is_refused() -> None:
         token_weights([3], [0, 0], "token")
     with pytest.raises(ValueError, match="needs a budget"):
         token_weights([3], [0], "token_budget")
+    with pytest.raises(ValueError, match="needs a constant"):
+        token_weights([3], [0], "constant")

@@ -11,14 +11,21 @@ import torch
 from torch.autograd import gradcheck
 
 from megatron_rl.algorithms.batch import LossOutput, PackedBatch
+from megatron_rl.algorithms.correction import Correction, CorrectionKind
 from megatron_rl.algorithms.loss import TokenLoss, policy_loss, sft_loss, summarise
+from megatron_rl.algorithms.surrogates import Surrogate, SurrogateKind
 
 LOG = math.log
-FULL = policy_loss(clip_low=0.2, clip_high=0.3, kl_weight=0.1, entropy_weight=0.01)
+CLIPS = Surrogate("ppo", clip_low=0.2, clip_high=0.3)
+FULL = policy_loss(surrogate=CLIPS, kl_weight=0.1, entropy_weight=0.01)
+NONE = Correction("none")
+KINDS: list[SurrogateKind] = ["ppo", "gspo", "cispo", "gmpo", "reinforce"]
+CORRECTIONS: list[CorrectionKind] = ["icepop", "tis", "clip", "kpop", "none"]
+ALL_MASKS = Correction("icepop", sequence_band=(0.3, 3.0), off_policy_delta=0.05)
 
 
 def packed(lengths: list[int], mask: list[float], **fields: list[float] | torch.Tensor) -> PackedBatch:
-    values = {"fresh": torch.ones(len(mask))} | {name: torch.as_tensor(value) for name, value in fields.items()}
+    values = {"age": torch.zeros(len(mask))} | {name: torch.as_tensor(value) for name, value in fields.items()}
     return PackedBatch(
         tokens_T=torch.zeros(len(mask), dtype=torch.int64),
         cu_seqlens=torch.tensor([0, *lengths]).cumsum(0).to(torch.int32),
@@ -47,7 +54,7 @@ def hand_batch() -> tuple[torch.Tensor, torch.Tensor, PackedBatch]:
         ref_logprobs=[math.nan, *map(LOG, new[:-1]), LOG(0.5)],  # equal to new, but 2 x new at the last token
         advantages=[math.nan, 1.0, 1.0, -2.0, -2.0, 4.0],
         weight=[math.nan, 0.1, 0.1, 0.1, 0.2, 0.2],
-        fresh=[math.nan, 1.0, 1.0, 1.0, 1.0, 0.0],
+        age=[math.nan, 0.0, 0.0, 0.0, 0.0, 2.0],
     )
     new_T = torch.tensor([math.nan, *map(LOG, new)], requires_grad=True)
     entropy_T = torch.tensor([math.nan, 1.0, 2.0, 0.0, 0.0, 1.0], requires_grad=True)
@@ -70,6 +77,8 @@ def test_policy_loss_by_hand() -> None:
         "loss/entropy": entropy,
         "tokens": 5.0,
         "mismatch/masked": 1.0,
+        "mismatch/masked_low": 1.0,  # k = 0.4
+        "mismatch/masked_high": 0.0,
         "mismatch/logprob_gap_sum": LOG(2) + LOG(2.5) + 0 + 0,
         "mismatch/fresh_tokens": 4.0,
         "mismatch/stale_gap_sum": LOG(2),
@@ -77,8 +86,8 @@ def test_policy_loss_by_hand() -> None:
         "mismatch/nonfinite": 0.0,
         "policy/clipped": 2.0,  # tokens 1 and 4; 2 would be, but is masked; at 3 the minimum is the unclipped one
         "policy/entropy_sum": 4.0,
-        # r - 1 - log r: 0.5 - log 1.5, none, 1 - log 2, -0.5 - log 0.5, 0
-        "policy/kl_old_new_sum": 0.5 - LOG(1.5) + 1 - LOG(2) - 0.5 - LOG(0.5),
+        # r - 1 - log r: 0.5 - log 1.5, twice 1 - log 2, -0.5 - log 0.5, 0
+        "policy/kl_old_new_sum": 0.5 - LOG(1.5) + 2 * (1 - LOG(2)) - 0.5 - LOG(0.5),
         "policy/old_logprob_sum": LOG(0.5 * 0.2 * 0.1 * 0.5 * 0.25),
     }
     assert {name: value.item() for name, value in output.sums.items()} == pytest.approx(expected, rel=1e-5, abs=1e-6)
@@ -95,13 +104,13 @@ def test_policy_loss_by_hand() -> None:
 def test_what_is_not_asked_for_is_not_in_the_loss() -> None:
     new_T, entropy_T, batch = hand_batch()
     del batch.fields["ref_logprobs"]
-    output = policy_loss(clip_low=0.2, clip_high=0.3)(new_T, entropy_T, batch)
+    output = policy_loss(surrogate=CLIPS)(new_T, entropy_T, batch)
     assert [name for name in output.sums if name.startswith("loss/")] == ["loss/policy"]
     assert output.loss.item() == pytest.approx(0.06, rel=1e-5)
     output.loss.backward()
     assert entropy_T.grad is None or not entropy_T.grad.any()
     # Without the correction token 2 counts: 1.3 at weight 0.1; the others at 1 instead of M: 0.13 + 0.13 - 0.4 - 0.32 + 0.8.
-    plain = policy_loss(correction="none", clip_low=0.2, clip_high=0.3)(new_T, entropy_T, batch)
+    plain = policy_loss(correction=NONE, surrogate=CLIPS)(new_T, entropy_T, batch)
     assert plain.loss.item() == pytest.approx(-0.34, rel=1e-6)
     assert plain.sums["mismatch/masked"].item() == 0
 
@@ -171,7 +180,15 @@ def share(batch: PackedBatch, chosen: list[int], lengths: list[int]) -> tuple[to
     return at_T, packed([lengths[i] for i in chosen], batch.loss_mask_T[at_T].tolist(), **fields)
 
 
-@pytest.mark.parametrize("loss", [FULL, policy_loss(old_logprobs="reuse"), sft_loss], ids=["full", "reuse", "sft"])
+LOSSES = {
+    "full": FULL,
+    "reuse": policy_loss(old_logprobs="reuse"),
+    "sft": sft_loss,
+    "all masks": policy_loss(correction=ALL_MASKS, kl_weight=0.1, kl_estimator="unbiased"),
+} | {kind: policy_loss(correction=ALL_MASKS, surrogate=Surrogate(kind, 0.1, 0.1)) for kind in KINDS}
+
+
+@pytest.mark.parametrize("loss", LOSSES.values(), ids=list(LOSSES))
 def test_packing_and_splitting_change_nothing(loss: TokenLoss) -> None:
     lengths = [5, 17, 1, 30, 8, 12]
     new_T, entropy_T, batch = random_case(lengths, torch.float32)
@@ -192,24 +209,54 @@ def test_packing_and_splitting_change_nothing(loss: TokenLoss) -> None:
             assert max(output.maxima[name].item() for output in outputs) == value.item(), name
 
 
-@pytest.mark.parametrize("correction", ["icepop", "none"])
+@pytest.mark.parametrize("loss", LOSSES.values(), ids=list(LOSSES))
+def test_padding_changes_nothing(loss: TokenLoss) -> None:
+    """Masked tokens at the end of a sequence, and a sequence of nothing else, full of garbage."""
+    lengths, padding = [5, 17, 8], 3
+    new_T, entropy_T, batch = random_case(lengths, torch.float32)
+    whole = loss(new_T, entropy_T, batch)
+    gradient_T = torch.autograd.grad(whole.loss, new_T)[0]
+    keep_T = torch.cat([torch.cat([torch.arange(n) < n, torch.zeros(padding, dtype=torch.bool)]) for n in (*lengths, 0)])
+
+    def padded(values_T: torch.Tensor, garbage: float = math.nan) -> torch.Tensor:
+        return torch.full((len(keep_T),), garbage).masked_scatter(keep_T, values_T)
+
+    fields = {name: padded(value_T) for name, value_T in batch.fields.items()}
+    longer = packed([n + padding for n in (*lengths, 0)], padded(batch.loss_mask_T, 0.0).tolist(), **fields)
+    padded_T = padded(new_T.detach()).requires_grad_()
+    output = loss(padded_T, padded(entropy_T.detach()), longer)
+    assert output.loss.item() == pytest.approx(whole.loss.item(), abs=1e-6)
+    torch.testing.assert_close(torch.autograd.grad(output.loss, padded_T)[0][keep_T], gradient_T, atol=1e-6, rtol=0)
+    assert {n: v.item() for n, v in output.sums.items()} == pytest.approx({n: v.item() for n, v in whole.sums.items()}, abs=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("correction", CORRECTIONS)
 @pytest.mark.parametrize("name", ["engine_logprobs", "old_logprobs"])
 @pytest.mark.parametrize("bad", [-math.inf, math.inf, math.nan])
-def test_broken_logprobs_leave_loss_and_gradients_finite(correction: str, name: str, bad: float) -> None:
-    loss = policy_loss(correction=correction, kl_weight=0.1)  # type: ignore[arg-type]
-    new_T, entropy_T, batch = random_case([10], torch.float32)
+def test_broken_logprobs_weigh_nothing_and_leave_gradients_finite(
+    kind: SurrogateKind, correction: CorrectionKind, name: str, bad: float
+) -> None:
+    new_T, entropy_T, batch = random_case([10, 7], torch.float32)
     batch.loss_mask_T.fill_(1.0)
     batch.fields[name][3] = bad
-    output = loss(new_T, entropy_T, batch)
-    output.loss.backward()
-    assert output.loss.isfinite() and new_T.grad is not None and new_T.grad.isfinite().all()
-    assert output.sums["mismatch/nonfinite"].item() == 1
-    assert all(value.isfinite() for value in (output.sums | output.maxima).values())
+    batch.fields["advantages"].abs_()  # else the clip may take the token's gradient, whatever its weight
+    for band, delta in ((None, None), ((0.2, 5.0), 0.01)):
+        settings = Correction(correction, phi=0.5, sequence_band=band, off_policy_delta=delta)
+        output = policy_loss(correction=settings, surrogate=Surrogate(kind))(new_T, entropy_T, batch)
+        (grad_T,) = torch.autograd.grad(output.loss, new_T)
+        assert output.loss.isfinite() and grad_T.isfinite().all()
+        assert grad_T[3] == 0 or (correction == "none" and name == "engine_logprobs" and not band)  # there nothing reads it
+        assert output.sums["mismatch/nonfinite"].item() == 1
+        assert all(value.isfinite() for value in (output.sums | output.maxima).values())
+        if band:
+            assert not grad_T[:10].any()  # the sequence's geometric mean is undefined, too
+        assert grad_T[10:].any()
 
 
 @pytest.mark.parametrize("old_logprobs", ["reuse", "recompute"])
 def test_an_impossible_token_and_a_huge_ratio_leave_gradients_finite(old_logprobs: str) -> None:
-    loss = policy_loss(correction="none", old_logprobs=old_logprobs, kl_weight=0.1)  # type: ignore[arg-type]
+    loss = policy_loss(correction=NONE, old_logprobs=old_logprobs, kl_weight=0.1)  # type: ignore[arg-type]
     batch = packed(
         [3],
         [1.0, 1.0, 1.0],
@@ -251,12 +298,41 @@ def test_a_filler_segment_adds_nothing() -> None:
     assert not any(value.item() for value in (output.sums | output.maxima).values())
 
 
-def test_algorithms_import_neither_megatron_nor_sglang() -> None:
+def test_the_off_policy_mask_takes_policy_gradients_only() -> None:
+    # Two sequences left behind by log 2 > 0.5; the one with A < 0 has no policy gradient, but its KL and its place in the divisor.
+    fields = {"advantages": [-1.0, -1.0, 1.0, 1.0], "weight": [0.25] * 4, "old_logprobs": [LOG(0.5)] * 4}
+    batch = packed([2, 2], [1.0] * 4, engine_logprobs=[LOG(0.5)] * 4, ref_logprobs=[LOG(0.5)] * 4, **fields)
+    new_T = torch.full((4,), LOG(0.25), requires_grad=True)
+    output = policy_loss(correction=Correction(off_policy_delta=0.5), kl_weight=0.1)(new_T, torch.zeros(4), batch)
+    # k3' = 1 - ref / new = -1: 0.1 x 0.25 x -1; the policy term of the others: -0.25 x r A = -0.125.
+    assert output.sums["policy/off_policy_masked"].item() == 2 and output.sums["mismatch/masked"].item() == 0
+    torch.testing.assert_close(torch.autograd.grad(output.loss, new_T)[0], torch.tensor([-0.025, -0.025, -0.15, -0.15]))
+
+
+def test_masked_tokens_are_counted_by_the_side_of_their_k() -> None:
+    old = [LOG(k) for k in (0.4, 0.8, 6.0)] + [math.nan]
+    batch = packed([4], [1.0] * 4, engine_logprobs=[0.0] * 4, old_logprobs=old, advantages=[1.0] * 4, weight=[0.25] * 4)
+    sums = policy_loss()(torch.tensor([*old[:3], -1.0]), torch.zeros(4), batch).sums
+    assert [sums[f"mismatch/masked{side}"].item() for side in ("", "_low", "_high")] == [3.0, 1.0, 1.0]
+
+
+def test_a_part_without_tokens_adds_nothing() -> None:
+    """Of a short sequence a CP rank may hold no token."""
+    fields = {name: torch.zeros(0) for name in ("advantages", "engine_logprobs", "old_logprobs", "ref_logprobs", "weight")}
+    output = FULL(torch.zeros(0, requires_grad=True), torch.zeros(0), packed([0], [], **fields))
+    output.loss.backward()
+    assert not any(value.item() for value in (output.sums | output.maxima).values())
+
+
+def test_algorithms_need_torch_alone() -> None:
     program = (
-        "import sys, pkgutil, importlib, megatron_rl.algorithms as room\n"
+        "import sys, pkgutil, importlib\n"
+        "for name in ('megatron', 'sglang', 'transformers', 'pydantic', 'hydra', 'omegaconf', 'transformer_engine', 'triton'):\n"
+        "    sys.modules[name] = None\n"  # an import of it raises ImportError
+        "import megatron_rl.algorithms as room\n"
         "for module in pkgutil.iter_modules(room.__path__, room.__name__ + '.'): importlib.import_module(module.name)\n"
         "assert 'megatron_rl.algorithms.loss' in sys.modules\n"
-        "loaded = {name.partition('.')[0] for name in sys.modules} & {'megatron', 'sglang', 'transformers'}\n"
-        "assert not loaded, loaded"
+        "others = {name.split('.')[1] for name in sys.modules if name.startswith('megatron_rl.')} - {'algorithms'}\n"
+        "assert not others, others"
     )
     subprocess.run([sys.executable, "-c", program], check=True, timeout=120)

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 import torch
 
-from megatron_rl.loops.batches import microbatches, rl_sequences, sft_sequences, usable_groups
+from megatron_rl.loops.batches import (
+    microbatches,
+    places,
+    replace_advantages,
+    rl_sequences,
+    rollout_advantages,
+    sequence_kl,
+    sft_sequences,
+    usable_groups,
+)
 from megatron_rl.types import Group, Prompt, Rollout, Score
 
 CPU = torch.device("cpu")
@@ -27,6 +37,33 @@ def test_groups_without_variance_are_left_out_only_when_dropped() -> None:
     groups = [group("even", [1, 1], [2, 2]), group("mixed", [1, 0], [2, 2])]
     assert [g.id for g in usable_groups(groups, advantage="grpo", zero_variance="drop", exclude_failed=True)] == ["0:mixed"]
     assert len(usable_groups(groups, advantage="grpo", zero_variance="keep", exclude_failed=True)) == 2
+
+
+def test_only_what_teaches_nothing_under_the_method_is_dropped() -> None:
+    groups = [group("right", [1, 1], [2, 2]), group("wrong", [0, 0], [2, 2]), group("mixed", [1, 0], [2, 2])]
+
+    def left(advantage: str, zero_variance: str) -> list[str]:
+        kept = usable_groups(groups, advantage=advantage, zero_variance=zero_variance, exclude_failed=True)  # type: ignore[arg-type]
+        return [g.prompt.id for g in kept]
+
+    assert left("grpo", "drop") == left("reinforce_pp_baseline", "resample") == ["mixed"]
+    assert left("reinforce", "drop") == ["right", "mixed"]
+    assert left("reinforce_pp", "drop") == left("grpo", "mask") == left("grpo", "keep") == ["right", "wrong", "mixed"]
+
+
+def test_masked_groups_stay_in_every_divisor() -> None:
+    groups = [group("even", [1, 1], [2, 2]), group("mixed", [1, 0], [2, 3])]
+    for aggregation, budget in (("sequence", None), ("token", None), ("token_budget", 8), ("constant", None)):
+
+        def sequences(zero_variance: str, aggregation=aggregation, budget=budget):  # type: ignore[no-untyped-def]
+            settings = {"aggregation": aggregation, "train_token_budget": budget, "loss_constant": 16}
+            return rl_sequences(groups, 0, advantage="grpo", zero_variance=zero_variance, **settings)
+
+        masked, kept = sequences("mask"), sequences("keep")
+        assert [s.rollout_id for s in masked] == ["0:mixed#0", "0:mixed#1"]
+        for one, other in zip(masked, kept[2:], strict=True):
+            assert one.fields["weight"].equal(other.fields["weight"]) and one.response == other.response
+    assert not any(s.fields["advantages"].any() for s in kept[:2])
 
 
 def test_members_without_a_judgement_leave_the_group() -> None:
@@ -49,6 +86,39 @@ def test_every_field_belongs_to_its_response_token() -> None:
         assert batch.fields["engine_logprobs"][begin + 2 : end].tolist() == pytest.approx([-0.1 * t for t in range(n)])
         assert batch.fields["advantages"][begin:end].tolist() == [0, 0] + [0.5 if n == 2 else -0.5] * n
         assert batch.fields["weight"][begin:end].tolist() == pytest.approx([0, 0] + [1 / (1 * 2 * n)] * n)
+
+
+def test_age_counts_versions_since_the_token_was_sampled() -> None:
+    one = group("a", [1, 0], [3, 2])
+    carried = replace(one, rollouts=(replace(one.rollouts[0], versions=(4, 5, 7)), replace(one.rollouts[1], versions=(7, 7))))
+    first, second = rl_sequences([carried], 7, advantage="grpo", aggregation="token")
+    assert first.fields["age"].tolist() == [3.0, 2.0, 0.0] and second.fields["age"].tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("replicas", [1, 2, 3])
+def test_kl_in_the_reward(replicas: int) -> None:
+    """Summed over replicas, each sequence's KL is its own whatever the split, and enters the reward before the advantage."""
+    groups = [group(f"g{i}", [1, 0], [1 + i, 4 - i]) for i in range(3)]
+    sequences = rl_sequences(groups, 0, advantage="dr_grpo", aggregation="token")
+    splits = [{"capacity": 12, "replicas": replicas, "replica": r} for r in range(replicas)]
+    shares = [microbatches(sequences, **split, device=CPU) for split in splits]
+    for batch in (batch for share in shares for batch in share):  # old - ref = 0.5 on responses, garbage on prompts
+        garbage_T = torch.where(batch.loss_mask_T > 0, 0.0, torch.nan)
+        batch.fields.update(old_logprobs=garbage_T - 1.0, ref_logprobs=garbage_T - 1.5)
+    wheres = [places(sequences, **split) for split in splits]
+    kl = sum(sequence_kl(share, where, "k1", 6) for share, where in zip(shares, wheres, strict=True))
+    assert isinstance(kl, torch.Tensor) and kl.tolist() == pytest.approx([0.5 * len(s.response) for s in sequences])
+
+    penalties = {s.rollout_id: 0.1 * value for s, value in zip(sequences, kl.tolist(), strict=True)}
+    advantages = rollout_advantages(groups, "dr_grpo", penalties)
+    # g0: lengths 1 and 4, rewards 1 - 0.05 and 0 - 0.2: half of their distance 1.15.
+    assert (advantages["0:g0#0"], advantages["0:g0#1"]) == pytest.approx((0.575, -0.575))
+    for share, where in zip(shares, wheres, strict=True):
+        replace_advantages(share, where, [advantages[s.rollout_id] for s in sequences])
+        for batch, indices in zip(share, where, strict=True):
+            for index, (begin, end) in zip(indices, pairwise(batch.cu_seqlens.tolist()), strict=False):
+                expected = advantages[sequences[index].rollout_id]
+                assert batch.fields["advantages"][begin:end].tolist() == pytest.approx([expected] * (end - begin))
 
 
 def test_a_token_budget_cuts_after_the_advantages() -> None:

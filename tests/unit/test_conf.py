@@ -9,7 +9,8 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from megatron_rl.config import EvalRun, RlRun, SftRun, validate
+from megatron_rl.algorithms.correction import Correction
+from megatron_rl.config import EvalRun, RlRun, SftRun, UserError, validate
 
 INPUTS = {
     "rl": ["data.tokenizer=t", "data.train=p"],
@@ -54,3 +55,31 @@ def test_experiments_are_valid_and_possible(repo_root: Path, verb: str, name: st
     config = validate(KINDS[verb], composed(repo_root, verb, f"experiment={name}"))
     if isinstance(config, (RlRun, SftRun)):
         config.parallel.check(config.parallel.nproc, config.model)
+
+
+def refusal(repo_root: Path, *overrides: str) -> str:
+    with pytest.raises(UserError) as refused:
+        validate(RlRun, composed(repo_root, "rl", *INPUTS["rl"], *overrides))
+    return str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "line"),
+    [
+        (["algorithm.correction.kind=kpop"], "algorithm.correction: phi=null: kind=kpop needs it"),
+        (["algorithm.correction.sequence_band=[2,1]"], "algorithm.correction: sequence_band=[2.0, 1.0]"),
+        (["algorithm.kl_in=reward", "algorithm.old_logprobs=reuse"], "kl_in=reward needs old_logprobs=recompute"),
+        (["algorithm.kl_weight=0.1", "algorithm.kl_estimator=k1"], "kl_estimator=k1 needs kl_in=reward"),
+        (["algorithm.kl_in=reward", "rollout.group_release=early"], "kl_in=reward needs rollout.group_release=complete"),
+        (["algorithm.dual_clip=1.1"], "dual_clip=1.1 needs surrogate=ppo and to be above 1 + clip_high"),
+        (["algorithm.dual_clip=4", "algorithm.surrogate=gspo"], "dual_clip=4.0 needs surrogate=ppo"),
+    ],
+)
+def test_impossible_algorithms_are_refused_by_name(repo_root: Path, overrides: list[str], line: str) -> None:
+    assert line in refusal(repo_root, *overrides)
+
+
+def test_the_loss_takes_every_setting_of_the_correction(repo_root: Path) -> None:
+    for name in ("icepop", "tis", "grpo"):
+        algorithm = validate(RlRun, composed(repo_root, "rl", f"algorithm={name}", *INPUTS["rl"])).algorithm
+        assert Correction(**algorithm.correction.model_dump()).kind == algorithm.correction.kind
