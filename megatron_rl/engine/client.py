@@ -34,6 +34,7 @@ from megatron_rl.engine.watch import GivenUp, Watch
 from megatron_rl.types import EngineLost, FinishReason, GenerateRequest, Manifest, Progress, RoutingShape, SamplingParams
 
 CONNECT_TIMEOUT_S = 10.0
+_serial = itertools.count()  # of all requests: a server may yet abort those of a broken connection when the next ones have come
 NOT_A_NUMBER = (
     "the engine's log-probs under weights {version} are not numbers: training has diverged; "
     "remove the newest checkpoints up to a good one and lower optimizer.lr"
@@ -72,13 +73,12 @@ class SglangEngine:
         self._request_timeout_s, self.stall_timeout_s = request_timeout_s, stall_timeout_s
         self._watch = Watch(stall_timeout_s, request_timeout_s, self._is_well, self._mark_lost)
         self._headers = {"Authorization": f"Bearer {api_key}", "Content-Type": "application/json"}
-        self._serial = itertools.count()
         self._running: dict[str, str] = {}  # rollout id -> request id
         self._aborted: set[str] = set()  # request ids
 
     async def generate(self, requests: Sequence[GenerateRequest]) -> AsyncIterator[Sequence[Progress]]:
         # SGLang aborts by prefix (scheduler.py:5450): no request id may begin another.
-        rids = [f"{request.rollout_id}~{next(self._serial)}~" for request in requests]
+        rids = [f"{request.rollout_id}~{next(_serial)}~" for request in requests]
         self._running |= {request.rollout_id: rid for request, rid in zip(requests, rids, strict=True)}
         first_row = min((request.experts_from for request in requests if request.experts_from is not None), default=None)
         streams = [_Stream(request, self._vocab_size, self._routing, first_row) for request in requests]
