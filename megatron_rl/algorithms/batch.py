@@ -29,6 +29,7 @@ class PackedBatch:
     cu_seqlens: torch.Tensor  # int32, S + 1 entries: 0, len_0, len_0 + len_1, ..., T
     loss_mask_T: torch.Tensor  # float32: 1 on response tokens
     fields: dict[str, torch.Tensor] = field(default_factory=dict)  # name -> (T,), e.g. advantages, engine_logprobs, old_logprobs
+    experts_TLK: torch.Tensor | None = None  # int16: the engine's of each token's own position, MoE layers x top-k; -1: unknown
     over_cp: Callable[[torch.Tensor], torch.Tensor] = alone  # *collective*: the sum over the CP ranks that share the segments
 
     @property

@@ -4,6 +4,7 @@ Invariants:
 - gradients of `LossOutput.loss` are summed over microbatches, CP ranks and replicas, and divided by nothing;
 - the result of a step does not depend on the layout, nor on how sequences are packed into microbatches;
 - metrics and the log-probs of a replica's tokens are the same on all its ranks;
+- the forward passes of an update take the experts that were recorded for a token, if `replay` says so (replay.py);
 - a gradient that is not finite changes no weight: the step is skipped, and `policy/skipped` says so;
 - reference log-probs are those of the weights the policy was built with, whatever was trained or restored since.
 """
@@ -26,6 +27,7 @@ from megatron_rl.policy.model import build_chunks, dtype_of, has_transformer_eng
 from megatron_rl.policy.optimizer import build_optimizer, update, wrap
 from megatron_rl.policy.packed import RankInputs, rank_inputs
 from megatron_rl.policy.ranks import MegatronRanks
+from megatron_rl.policy.replay import ForwardPass, ReplayKind, RoutingReplay
 from megatron_rl.policy.schedule import lr_at
 from megatron_rl.ports import Occupied, TokenLoss
 
@@ -41,6 +43,7 @@ class Prepared:
 
     inputs: RankInputs
     packed_seq_params: Any
+    experts_LRK: torch.Tensor | None  # recorded for the rows of this rank's sequence-parallel share, in all MoE layers
 
 
 class MegatronPolicy:
@@ -57,6 +60,7 @@ class MegatronPolicy:
         ranks: MegatronRanks,
         load: Load | None = None,
         with_reference: bool = False,
+        replay: ReplayKind = "off",
     ) -> None:
         from megatron.core import parallel_state as mpu
         from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -81,17 +85,28 @@ class MegatronPolicy:
         )
         self._replicas = mpu.get_data_parallel_group(with_context_parallel=True)
         self._run_schedule = get_forward_backward_func()
+        self._routing: RoutingReplay | None = None
+        if model.moe:
+            layers, dense = model.num_layers, model.moe.first_dense_layers
+            self._routing = RoutingReplay(self.chunks, replay, layers - dense, dense, parallel.recompute in ("mlp", "full"))
 
     def weights(self) -> Mapping[str, torch.Tensor]:
         return weights(self.chunks)
 
-    @torch.no_grad()
     def logprobs(self, microbatches: Sequence[PackedBatch], temperature: float) -> list[torch.Tensor]:
+        return self._logprobs(microbatches, temperature, "old")
+
+    def reference_logprobs(self, microbatches: Sequence[PackedBatch], temperature: float) -> list[torch.Tensor]:
+        with self._reference_weights():
+            return self._logprobs(microbatches, temperature, "free")
+
+    @torch.no_grad()
+    def _logprobs(self, microbatches: Sequence[PackedBatch], temperature: float, forward_pass: ForwardPass) -> list[torch.Tensor]:
         def keep(inputs: RankInputs, logprobs_N: torch.Tensor, entropy_N: torch.Tensor) -> tuple[torch.Tensor, Any]:
             return logprobs_N.sum(), (inputs.tokens_N, logprobs_N)
 
         lengths = [len(batch.tokens_T) for batch in microbatches]
-        kept = self._forward_backward(microbatches, temperature, keep, forward_only=True)
+        kept = self._forward_backward(microbatches, temperature, keep, forward_pass, forward_only=True)
         all_tokens = torch.zeros(sum(lengths), device=self.device)
         logprobs = list(all_tokens.split(lengths))
         for logprobs_T, (tokens_N, logprobs_N) in zip(logprobs, kept, strict=False):  # kept: empty but on the last stage
@@ -102,29 +117,26 @@ class MegatronPolicy:
             dist.broadcast(all_tokens, group_src=self._pp.size() - 1, group=self._pp)
         return logprobs
 
-    def reference_logprobs(self, microbatches: Sequence[PackedBatch], temperature: float) -> list[torch.Tensor]:
-        with self._reference_weights():
-            return self.logprobs(microbatches, temperature)
-
     def train_step(self, microbatches: Sequence[PackedBatch], loss: TokenLoss, temperature: float) -> dict[str, float]:
         from megatron.core.distributed import finalize_model_grads
 
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        outputs = self._forward_backward(microbatches, temperature, _output_of(loss), forward_only=False)
+        outputs = self._forward_backward(microbatches, temperature, _output_of(loss), "new", forward_only=False)
         finalize_model_grads(self.chunks)
         lr = lr_at(self.updates, self._optimizer_config, self._total_steps)
         grad_norm = update(self.optimizer, lr, self._optimizer_config.grad_clip)
         skipped = not math.isfinite(grad_norm)
         self.updates += not skipped
         step = {"policy/grad_norm": grad_norm, "policy/lr": lr, "policy/skipped": float(skipped)}
-        return self._totals(outputs) | step
+        agreement = self._routing.agreement(self.device) if self._routing else {}
+        return self._totals(outputs) | agreement | step
 
     @torch.no_grad()
     def evaluate(self, microbatches: Sequence[PackedBatch], loss: TokenLoss, temperature: float) -> dict[str, Any]:
         """*Collective*: what `loss` adds up to under the present weights. Trains nothing."""
-        return self._totals(self._forward_backward(microbatches, temperature, _output_of(loss), forward_only=True))
+        return self._totals(self._forward_backward(microbatches, temperature, _output_of(loss), "free", forward_only=True))
 
     def occupy(self, what: Occupied) -> None:
         if self.device.type == "cpu" or what == self._occupied:
@@ -144,14 +156,23 @@ class MegatronPolicy:
             torch.cuda.empty_cache()
 
     def _forward_backward(
-        self, microbatches: Sequence[PackedBatch], temperature: float, last: LastStage, forward_only: bool
+        self,
+        microbatches: Sequence[PackedBatch],
+        temperature: float,
+        last: LastStage,
+        forward_pass: ForwardPass,
+        forward_only: bool,
     ) -> list[Any]:
         """What `last` kept of each microbatch; empty but on the last pipeline stage."""
         prepared = self._prepare(microbatches)
+        if self._routing:
+            self._routing.start(forward_pass, len(prepared))
 
-        def forward(data: Iterator[Prepared], chunk: torch.nn.Module) -> tuple[torch.Tensor, Callable[..., Any]]:
-            batch = next(data)
+        def forward(data: Iterator[tuple[int, Prepared]], chunk: torch.nn.Module) -> tuple[torch.Tensor, Callable[..., Any]]:
+            number, batch = next(data)
             inputs = batch.inputs
+            if self._routing:
+                self._routing.enter(chunk, number, batch.experts_LRK)
             half = {"fp32_output": False} if self.dtype == torch.bfloat16 else {}  # row_logprobs computes in fp32 row by row
             output = chunk(
                 input_ids=inputs.input_ids_R[None],
@@ -170,7 +191,7 @@ class MegatronPolicy:
 
         kept: list[Any] = self._run_schedule(
             forward_step_func=forward,
-            data_iterator=[iter(prepared) for _ in self.chunks],
+            data_iterator=[iter(enumerate(prepared)) for _ in self.chunks],
             model=self.chunks,
             num_microbatches=len(prepared),
             seq_length=1,  # read by no schedule where lengths vary
@@ -187,7 +208,9 @@ class MegatronPolicy:
         prepared = []
         for batch in batches:
             inputs = rank_inputs(batch, tp=tp, cp=self._cp.size(), cp_rank=self._cp.rank(), over_cp=self._sum_over_cp)
-            prepared.append(Prepared(inputs, self._packed_seq_params(inputs)))
+            recorded = batch.experts_TLK
+            experts_LRK = None if recorded is None else inputs.experts_of_rows(recorded, self._tp.rank() if tp > 1 else 0, tp)
+            prepared.append(Prepared(inputs, self._packed_seq_params(inputs), experts_LRK))
         return prepared
 
     def _sum_over_cp(self, values: torch.Tensor) -> torch.Tensor:
@@ -258,4 +281,5 @@ def _nothing_like(batch: PackedBatch) -> PackedBatch:
         cu_seqlens=batch.cu_seqlens.new_tensor([0, 1]),
         loss_mask_T=torch.zeros_like(batch.loss_mask_T[:1]),
         fields={name: torch.zeros_like(values_T[:1]) for name, values_T in batch.fields.items()},
+        experts_TLK=None if batch.experts_TLK is None else torch.full_like(batch.experts_TLK[:1], -1),
     )

@@ -49,9 +49,15 @@ class RankInputs:
     rows_N: torch.Tensor
     first_N: torch.Tensor  # bool: no row predicts it
     batch: PackedBatch  # this rank's tokens
+    held_R: torch.Tensor  # the token that a row holds, as an index into the batch; -1: padding
 
     def tokens_of_rows(self, values_R: torch.Tensor) -> torch.Tensor:
         return values_R[self.rows_N].masked_fill(self.first_N, 0.0)
+
+    def experts_of_rows(self, experts_TLK: torch.Tensor, share: int, shares: int) -> torch.Tensor:
+        """experts_LRK of the rows of one of the `shares` that sequence parallelism makes of R; -1 for padding."""
+        held_R = self.held_R.view(shares, -1)[share]
+        return experts_TLK[held_R].masked_fill((held_R < 0)[:, None, None], -1).movedim(0, 1).contiguous()
 
 
 def rank_inputs(
@@ -90,6 +96,7 @@ def rank_inputs(
         rows_N=rows_T[tokens_N].clamp(min=0),
         first_N=first_T[tokens_N],
         batch=batch if cp == 1 else replace(_select(batch, tokens_N), over_cp=over_cp),
+        held_R=torch.where(left_R > 0, source_R, -1),
     )
 
 
