@@ -43,8 +43,6 @@ LAYOUTS: dict[int, dict[str, dict[str, dict[str, Any]]]] = {
     2: {"ling": LING[2]} | OTHERS,
     4: {"ling": LING[4]},
 }
-COMPARED = ("policy/grad_norm", "policy/lr", "loss/policy", "loss/kl", "loss/entropy", "tokens", "mismatch/logprob_gap_max")
-
 pytestmark = pytest.mark.dist
 
 
@@ -72,13 +70,22 @@ def test_losses_norms_and_logprobs_are_those_of_one_process(results: Path, world
         there = result(results, layout, rank, model)
         for expected, step in zip(one["steps"], there["steps"], strict=True):
             assert step["policy/skipped"] == 0.0
-            for name in COMPARED:
-                assert step[name] == pytest.approx(expected[name], rel=1e-5, abs=1e-6 if name != "policy/grad_norm" else 0), name
+            assert step.keys() == expected.keys()
+            for name, value in expected.items():
+                assert step[name] == pytest.approx(value, rel=1e-5, abs=1e-6 if name != "policy/grad_norm" else 0), name
         for number, logprobs in there["logprobs"].items():
             for whose in ("old", "reference"):
                 assert logprobs[whose] == pytest.approx(one["logprobs"][number][whose], abs=5e-5)
         seen |= there["logprobs"].keys()
     assert seen == one["logprobs"].keys()
+
+
+def test_every_loss_masks_clips_and_keeps(results: Path) -> None:
+    """So that equal sums say something."""
+    for step in result(results, "one", 0)["steps"]:
+        for name in ("policy/clipped", "mismatch/masked_low", "mismatch/masked_high", "policy/off_policy_masked"):
+            assert 0 < step.get(name, 1.0) < step["tokens"] / 2, name
+        assert min(abs(step[f"loss/{term}"]) for term in ("policy", "kl", "entropy")) > 1e-4
 
 
 def test_training_moves_the_weights_and_not_the_reference(results: Path) -> None:

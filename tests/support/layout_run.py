@@ -1,4 +1,4 @@
-"""Ranks of tests/dist/test_layouts.py: three steps of the same training at one layout after another.
+"""Ranks of tests/dist/test_layouts.py: three steps of the same training, each under another loss, at one layout after another.
 
     layout_run.py OUT {"model": {"layout": {"tp": 2, ...}, ...}, ...}
 
@@ -16,7 +16,9 @@ import torch.distributed as dist
 from tiny_families import tiny_model
 
 from megatron_rl.algorithms.batch import PackedBatch
+from megatron_rl.algorithms.correction import Correction
 from megatron_rl.algorithms.loss import policy_loss
+from megatron_rl.algorithms.surrogates import Surrogate
 from megatron_rl.config.model import ModelConfig, OptimizerConfig, ParallelConfig
 from megatron_rl.policy import MegatronPolicy, MegatronRanks
 
@@ -40,7 +42,18 @@ MODELS = {
     "tied, biased": tiny_model("qwen2_tied", vocab_size=VOCABULARY),
 }
 OPTIMIZER = OptimizerConfig(lr=1e-3, warmup_steps=2, decay="linear", grad_clip=0.5)
-STEPS, MICROBATCHES, SEQUENCES = 3, 4, 5
+LOSSES = {
+    "icepop, ppo": policy_loss(kl_weight=0.1, entropy_weight=0.05),
+    "all masks, gspo": policy_loss(
+        correction=Correction("tis", sequence_band=(0.8, 1.25), off_policy_delta=0.01),
+        surrogate=Surrogate("gspo", clip_low=0.03, clip_high=0.04),
+        kl_weight=0.1,
+        kl_estimator="unbiased",
+        entropy_weight=0.05,
+    ),
+    "icepop, gmpo": policy_loss(surrogate=Surrogate("gmpo", 0.1, 0.1), kl_weight=0.1, kl_estimator="k2", entropy_weight=0.05),
+}
+STEPS, MICROBATCHES, SEQUENCES = len(LOSSES), 4, 5
 TEMPERATURE = 0.9
 
 
@@ -70,18 +83,19 @@ def run(model: ModelConfig, layout: dict[str, object], device_batches: list[Pack
     for name, tensor in policy.weights().items():
         if name.endswith("expert_bias"):
             tensor.copy_(torch.linspace(-0.2, 0.2, len(tensor)))
-    loss = policy_loss(kl_weight=0.1, entropy_weight=0.05)
     mine = range(ranks.dp_rank, MICROBATCHES, ranks.dp_size)
     steps, logprobs = [], {}
-    for step in range(STEPS):
+    for step, loss in enumerate(LOSSES.values()):
         batches = [device_batches[step * MICROBATCHES + number] for number in mine]
         old = policy.logprobs(batches, TEMPERATURE)
         reference = policy.reference_logprobs(batches, TEMPERATURE)
-        for number, batch, old_T, reference_T in zip(mine, batches, old, reference, strict=True):
-            # Off-policy on purpose: with old = new the policy loss would not depend on the weights.
-            fields = {"old_logprobs": reference_T, "engine_logprobs": reference_T - 0.01, "ref_logprobs": reference_T}
-            batch.fields.update(fields)
-            logprobs[f"{step}.{number}"] = {"old": old_T.tolist(), "reference": reference_T.tolist()}
+        for number, batch, now_T, reference_T in zip(mine, batches, old, reference, strict=True):
+            # Off-policy on purpose: with old = new no ratio is clipped, and with engine = old no token is masked.
+            random = torch.Generator().manual_seed(number)
+            stale_T, gap_T = torch.randn(2, len(reference_T), generator=random)
+            old_T = reference_T + 0.1 * stale_T
+            batch.fields.update(old_logprobs=old_T, engine_logprobs=old_T + 0.5 * gap_T, ref_logprobs=reference_T)
+            logprobs[f"{step}.{number}"] = {"old": now_T.tolist(), "reference": reference_T.tolist()}
         steps.append(policy.train_step(batches, loss, TEMPERATURE))
     ranks.close()
     return {"dp": [ranks.dp_rank, ranks.dp_size], "steps": steps, "logprobs": logprobs}

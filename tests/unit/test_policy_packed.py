@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
+
 import pytest
 import torch
 
-from megatron_rl.algorithms.batch import PackedBatch
+from megatron_rl.algorithms.batch import LossOutput, PackedBatch
+from megatron_rl.algorithms.correction import Correction
+from megatron_rl.algorithms.loss import policy_loss
+from megatron_rl.algorithms.surrogates import Surrogate, SurrogateKind
 from megatron_rl.policy.packed import RankInputs, rank_inputs
 
 LAYOUTS = [(tp, cp) for tp in (1, 2, 3, 4) for cp in (1, 2, 3)]
@@ -79,3 +86,50 @@ def test_gathered_rows_are_the_segments(tp: int, cp: int) -> None:
     ranks = ranks_of(packed([5, 1, 12]), tp, cp)
     positions = torch.cat([inputs.segments.positions_R for inputs in ranks])[ranks[0].segments.gathered_P]
     assert positions.tolist() == [position for length in ranks[0].segments.lengths_S.tolist() for position in range(length)]
+
+
+class Threads:
+    """Ranks that are threads: `sum_of(rank)` is that rank's call of a sum over all."""
+
+    def __init__(self, count: int) -> None:
+        self.barrier, self.parts = Barrier(count), [torch.empty(0)] * count
+
+    def sum_of(self, rank: int) -> Callable[[torch.Tensor], torch.Tensor]:
+        def total(values: torch.Tensor) -> torch.Tensor:
+            self.parts[rank] = values
+            self.barrier.wait(timeout=20)
+            summed = torch.stack(self.parts).sum(0)
+            self.barrier.wait(timeout=20)
+            return summed
+
+        return total
+
+
+@pytest.mark.parametrize("cp", [2, 3])
+@pytest.mark.parametrize("kind", ["ppo", "gspo", "cispo", "gmpo", "reinforce"])
+def test_losses_of_the_cp_ranks_add_up_to_that_of_the_whole(kind: SurrogateKind, cp: int) -> None:
+    batch = packed([5, 1, 12, 2, 30])
+    random, total = torch.Generator().manual_seed(5), len(batch.tokens_T)
+    new_T, stale_T, gap_T, advantages_T = torch.randn(4, total, generator=random)
+    new_T.requires_grad_()
+    old_T = (new_T + 0.1 * stale_T).detach()
+    batch.fields.update(old_logprobs=old_T, engine_logprobs=old_T + 0.5 * gap_T, advantages=advantages_T)
+    batch.fields.update(weight=torch.full((total,), 1 / total), age=torch.zeros(total))
+    correction = Correction("icepop", sequence_band=(0.8, 1.25), off_policy_delta=0.02)
+    loss = policy_loss(correction=correction, surrogate=Surrogate(kind, 0.02, 0.02))
+    whole = loss(new_T, torch.zeros(total), batch)
+    (gradient_T,) = torch.autograd.grad(whole.loss, new_T)
+    assert 0 < whole.sums["policy/off_policy_masked"] < total / 2 and 0 < whole.sums["mismatch/masked"] < total
+
+    threads = Threads(cp)
+
+    def of_rank(rank: int) -> tuple[LossOutput, torch.Tensor]:
+        part = rank_inputs(batch, tp=1, cp=cp, cp_rank=rank, over_cp=threads.sum_of(rank))
+        output = loss(new_T[part.tokens_N], torch.zeros(len(part.tokens_N)), part.batch)
+        return output, torch.autograd.grad(output.loss, new_T)[0]
+
+    with ThreadPoolExecutor(cp) as pool:
+        outputs, gradients = zip(*pool.map(of_rank, range(cp)), strict=True)
+    torch.testing.assert_close(sum(gradients), gradient_T, atol=1e-6, rtol=0)
+    for name, value in whole.sums.items():
+        assert sum(output.sums[name].item() for output in outputs) == pytest.approx(value.item(), rel=1e-6, abs=1e-6), name
