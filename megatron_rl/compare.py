@@ -146,8 +146,8 @@ def gap(low: float, high: float) -> TokenLoss:
     def measured(new_logprobs_T: torch.Tensor, entropy_T: torch.Tensor, batch: PackedBatch) -> LossOutput:
         engine_T, age_T = batch.fields["engine_logprobs"], batch.fields["age"]
         weights_T = icepop_weights(new_logprobs_T, engine_T, low, high)
-        sums, maxima = mismatch_sums(new_logprobs_T, engine_T, entropy_T, age_T, weights_T, batch.loss_mask_T)
-        return LossOutput(new_logprobs_T.new_zeros(()), sums, maxima)
+        found = mismatch_sums(new_logprobs_T, engine_T, entropy_T, age_T, weights_T, batch.loss_mask_T)
+        return LossOutput(new_logprobs_T.new_zeros(()), found.sums, found.maxima, found.tables)
 
     return measured
 

@@ -55,3 +55,4 @@ class LossOutput:
     loss: torch.Tensor  # scalar with gradient, already divided by the global divisor
     sums: dict[str, torch.Tensor] = field(default_factory=dict)  # detached scalars, added up over microbatches and replicas
     maxima: dict[str, torch.Tensor] = field(default_factory=dict)  # detached scalars, the largest over them
+    tables: dict[str, torch.Tensor] = field(default_factory=dict)  # detached, of any shape, added up as `sums` are

@@ -12,7 +12,7 @@ Invariants (tests/unit/test_algorithms_loss.py):
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -20,16 +20,12 @@ import torch
 from megatron_rl.algorithms.batch import LossOutput, PackedBatch
 from megatron_rl.algorithms.correction import Correction, off_policy_sequence_mask
 from megatron_rl.algorithms.kl import KlEstimator, k3, kl_estimate, limited
+from megatron_rl.algorithms.mismatch import Totals, has_mismatch, mismatch_metrics, mismatch_sums
 from megatron_rl.algorithms.surrogates import Surrogate
 
 ICEPOP, PPO = Correction(), Surrogate()
 TokenLoss = Callable[[torch.Tensor, torch.Tensor, PackedBatch], LossOutput]
 MEANS = {  # a sum over tokens -> (the metric, the sum that counts these tokens)
-    "mismatch/masked": ("mismatch/masked_fraction", "tokens"),
-    "mismatch/masked_low": ("mismatch/masked_low_fraction", "tokens"),
-    "mismatch/masked_high": ("mismatch/masked_high_fraction", "tokens"),
-    "mismatch/logprob_gap_sum": ("mismatch/logprob_gap_mean", "mismatch/fresh_tokens"),
-    "mismatch/stale_gap_sum": ("mismatch/stale_gap_mean", "mismatch/stale_tokens"),
     "policy/clipped": ("policy/clip_fraction", "tokens"),
     "policy/entropy_sum": ("policy/entropy", "tokens"),
     "policy/kl_old_new_sum": ("policy/kl_old_new", "tokens"),
@@ -98,31 +94,10 @@ def policy_loss(
             "policy/kl_old_new_sum": k3(log_ratio_T).sum(),
             "policy/old_logprob_sum": torch.where(old_T.isfinite(), old_T, 0.0).sum(),
         }
-        gaps, maxima = _gaps(engine_T - old_T, mask_T, used_T, inside(batch.fields["age"]) == 0)
-        return _output(terms, sums | gaps, maxima)
+        gap = mismatch_sums(old_T, engine_T, entropy_T, batch.fields["age"], correction_T, mask_T)
+        return _output(terms, sums | gap.sums, gap.maxima, gap.tables)
 
     return loss
-
-
-def _gaps(
-    gap_T: torch.Tensor, mask_T: torch.Tensor, used_T: torch.Tensor, age_0_T: torch.Tensor
-) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """Sums and maxima about engine - old, and the tokens that the correction masks, by the side of 1 on which their k lies."""
-    masked_T, fresh_T, finite_T = mask_T & ~used_T, mask_T & age_0_T, gap_T.isfinite()
-    size_T = torch.where(finite_T, gap_T.abs(), 0.0)
-    fresh_size_T = torch.where(fresh_T, size_T, 0.0)
-    stale_size_T = size_T - fresh_size_T
-    sums = {
-        "mismatch/masked": _count(masked_T, gap_T),
-        "mismatch/masked_low": _count(masked_T & (gap_T > 0), gap_T),
-        "mismatch/masked_high": _count(masked_T & (gap_T < 0), gap_T),
-        "mismatch/logprob_gap_sum": fresh_size_T.sum(),
-        "mismatch/fresh_tokens": _count(fresh_T, gap_T),
-        "mismatch/stale_gap_sum": stale_size_T.sum(),
-        "mismatch/stale_tokens": _count(mask_T & ~fresh_T, gap_T),
-        "mismatch/nonfinite": _count(~finite_T, gap_T),
-    }
-    return sums, {"mismatch/logprob_gap_max": _largest(fresh_size_T), "mismatch/stale_gap_max": _largest(stale_size_T)}
 
 
 def sft_loss(new_logprobs_T: torch.Tensor, entropy_T: torch.Tensor, batch: PackedBatch) -> LossOutput:
@@ -135,32 +110,31 @@ def sft_loss(new_logprobs_T: torch.Tensor, entropy_T: torch.Tensor, batch: Packe
         "sft/nll_sum": nll_T.sum(),
         "policy/entropy_sum": torch.where(mask_T, entropy_T, 0.0).sum(),
     }
-    return _output(terms, sums, {})
+    return _output(terms, sums)
 
 
-def summarise(totals: Mapping[str, float]) -> dict[str, float]:
-    """From sums and maxima over all tokens of all replicas to the step's metrics: token sums become means (0 over no token),
-    `loss/total` is added, other names stay. Raises ValueError when no token was trained on."""
+def summarise(totals: Totals) -> dict[str, float]:
+    """From sums, maxima and tables over all tokens of all replicas to a step's metrics: token sums become means (0 of no token),
+    `loss/total` is added, what was measured of the mismatch becomes its report, other names stay. Raises ValueError when no token
+    was trained on."""
     if totals["tokens"] < 1:
         raise ValueError("no token inside any loss mask")
-    metrics = {name: value for name, value in totals.items() if name not in MEANS}
+    metrics = {name: value for name, value in totals.items() if name not in MEANS and not name.startswith("mismatch/")}
     metrics |= {metric: totals[name] / max(totals[count], 1) for name, (metric, count) in MEANS.items() if name in totals}
     metrics["policy/tokens"] = metrics.pop("tokens")
     metrics["loss/total"] = sum(value for name, value in totals.items() if name.startswith("loss/"))
-    return metrics
+    return metrics | (mismatch_metrics(totals) if has_mismatch(totals) else {})
 
 
 def _count(flags_T: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return flags_T.sum(dtype=like.dtype)  # one dtype for all sums: they are reduced together
 
 
-def _largest(sizes_T: torch.Tensor) -> torch.Tensor:
-    return torch.nn.functional.pad(sizes_T, (0, 1)).max()  # 0 over no token, as a CP rank may have
-
-
-def _output(terms: dict[str, torch.Tensor], sums: dict[str, torch.Tensor], maxima: dict[str, torch.Tensor]) -> LossOutput:
-    return LossOutput(
-        loss=torch.stack(list(terms.values())).sum(),
-        sums={name: value.detach() for name, value in sums.items()},
-        maxima={name: value.detach() for name, value in maxima.items()},
-    )
+def _output(
+    terms: dict[str, torch.Tensor],
+    sums: dict[str, torch.Tensor],
+    maxima: dict[str, torch.Tensor] | None = None,
+    tables: dict[str, torch.Tensor] | None = None,
+) -> LossOutput:
+    detached = {name: value.detach() for name, value in sums.items()}
+    return LossOutput(torch.stack(list(terms.values())).sum(), detached, maxima or {}, tables or {})

@@ -1,7 +1,7 @@
 """How far the policy that trains and the engine that sampled are apart, in sums that add up over microbatches and replicas.
 
-    sums, maxima = mismatch_sums(old, engine, entropy, age, weights, mask)      # in the loss, once a microbatch
-    mismatch_metrics(totals), mismatch_histograms(totals)                       # once a step, of all of them together
+    mismatch_sums(old, engine, entropy, age, weights, mask)     # in the loss, once a microbatch
+    mismatch_metrics(totals), mismatch_histograms(totals)       # once a step, of all of them together
 
 The gap of a token is old_logprobs - engine_logprobs = log k. Percentiles and groups cannot be added up, counts in fixed bins can:
 sizes fall into bins of an eighth of a decade (`GAP_BINS`), entropies into such of a twelfth, jointly, and percentiles and the
@@ -11,13 +11,13 @@ Invariants (tests/unit/test_algorithms_mismatch.py):
 - means, the KL and the effective sample size are exact; a percentile is never below its exact value, and a third above at most;
 - any split into microbatches and replicas gives the same numbers;
 - entries outside the mask are never read; a gap that is not finite is counted in `mismatch/nonfinite`, and in nothing else but the
-  tokens, masked ones among them, of its age and its entropy;
+  tokens and the masked ones;
 - nothing here waits for the device before the step's end.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -26,7 +26,7 @@ import torch
 
 from megatron_rl.algorithms.histogram import Histogram, quantile
 
-Totals = Mapping[str, "float | torch.Tensor"]
+Totals = Mapping[str, Any]  # numbers, and tables as nested lists
 LOG_RATIO_LIMIT = 20.0  # as of the losses: exp overflows float32 at 88, and its square at 44
 PERCENTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99, "p99.9": 0.999}
 AGES = {"0": 0, "1": 1, "2-3": 2, "4-7": 4, "8_up": 8}  # weight versions between sampling and training: class -> its youngest
@@ -65,6 +65,15 @@ ENTROPY_BINS = Bins(-4, 2, 12)
 TOKENS, MASKED, GAP_SUM, PROB_GAP_SUM = range(4)  # columns of the tables by age and by entropy
 
 
+@dataclass(frozen=True)
+class MismatchSums:
+    """Of one microbatch, as of a LossOutput."""
+
+    sums: dict[str, torch.Tensor]
+    maxima: dict[str, torch.Tensor]
+    tables: dict[str, torch.Tensor]
+
+
 @torch.no_grad()
 def mismatch_sums(
     old_logprobs_T: torch.Tensor,
@@ -73,9 +82,9 @@ def mismatch_sums(
     age_T: torch.Tensor,
     weights_T: torch.Tensor,
     mask_T: torch.Tensor,
-) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """(sums, maxima) of one microbatch, in float64: scalars, counts and tables. `age_T` is the number of weight versions
-    between the sampling of a token and its training; `weights_T` the correction's, 0 where it masks; `mask_T` the loss mask.
+) -> MismatchSums:
+    """`age_T` is the number of weight versions between a token's sampling and its training; `weights_T` the correction's, 0 where it
+    masks; `mask_T` the loss mask.
 
     With k = exp(log k) limited to e^+-20, over the engine's own samples: mean of -log k and of k - 1 - log k, both unbiased
     estimators of KL(engine || train), the second with less variance (Schulman 2020, "Approximating KL divergence": k1 and k3), and
@@ -85,12 +94,24 @@ def mismatch_sums(
     log_k_T = torch.where(mask_T, old_logprobs_T - engine_logprobs_T, 0.0)
     finite_T = torch.isfinite(log_k_T)
     counted_T = mask_T & finite_T
+    masked_T = mask_T & ~(weights_T > 0)
+    sums = {
+        "mismatch/masked": masked_T.sum(),
+        "mismatch/masked_low": (masked_T & (log_k_T < 0)).sum(),
+        "mismatch/masked_high": (masked_T & (log_k_T > 0)).sum(),
+        "mismatch/nonfinite": (mask_T & ~finite_T).sum(),
+    }
     log_k_T = torch.where(finite_T, log_k_T, 0.0)
     engine_T, old_T = (torch.where(counted_T, values_T, 0.0) for values_T in (engine_logprobs_T, old_logprobs_T))
     gap_T, prob_gap_T = log_k_T.abs(), (old_T.exp() - engine_T.exp()).abs()
-    masked_T = mask_T & ~(weights_T > 0)
     limited_T = log_k_T.double().clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
     k_T = torch.where(counted_T, limited_T.exp(), 0.0)
+    sums |= {
+        "mismatch/k_sum": k_T.sum(),
+        "mismatch/k_square_sum": k_T.square().sum(),
+        "mismatch/k1_sum": -limited_T.sum(),
+        "mismatch/k3_sum": torch.where(counted_T, torch.expm1(limited_T) - limited_T, 0.0).sum(),
+    }
 
     # What is outside the mask goes into a row of its own, which is cut off: selecting would wait for the device.
     age_row_T = torch.where(mask_T, _age_class(age_T), len(AGES))
@@ -106,54 +127,61 @@ def mismatch_sums(
         flat = ones_T.new_zeros((rows + 1) * gap_bins).index_add_(0, rows_T * gap_bins + side_bin_T, ones_T)
         return flat.view(rows + 1, 2, GAP_BINS.count)[:-1]
 
-    sums = {
-        "mismatch/nonfinite": (mask_T & ~finite_T).sum(dtype=torch.float64),
-        "mismatch/masked_low": (masked_T & counted_T & (log_k_T < 0)).sum(dtype=torch.float64),
-        "mismatch/masked_high": (masked_T & counted_T & (log_k_T >= 0)).sum(dtype=torch.float64),
-        "mismatch/k_sum": k_T.sum(),
-        "mismatch/k_square_sum": k_T.square().sum(),
-        "mismatch/k1_sum": -limited_T.sum(),
-        "mismatch/k3_sum": torch.where(counted_T, torch.expm1(limited_T) - limited_T, 0.0).sum(),
+    tables = {
         "mismatch/prob_gaps": ones_T.new_zeros(PROB_BINS.count).index_add_(0, PROB_BINS.index(prob_gap_T), ones_T),
         "mismatch/gaps_by_age": counts(age_row_T, len(AGES)),
         "mismatch/gaps_by_entropy": counts(entropy_row_T, ENTROPY_BINS.count),
-        "mismatch/table_by_age": table(age_row_T, len(AGES)),
-        "mismatch/table_by_entropy": table(entropy_row_T, ENTROPY_BINS.count),
+        "mismatch/by_age": table(age_row_T, len(AGES)),
+        "mismatch/by_entropy": table(entropy_row_T, ENTROPY_BINS.count),
     }
-    return sums, {"mismatch/gap_max": gap_T.max(), "mismatch/prob_gap_max": prob_gap_T.max()}
+    maxima = {
+        "mismatch/logprob_gap_max": _largest(torch.where(age_row_T == 0, gap_T, 0.0)),
+        "mismatch/stale_gap_max": _largest(torch.where(age_row_T == 0, 0.0, gap_T)),
+        "mismatch/prob_gap_max": _largest(prob_gap_T),
+    }
+    return MismatchSums(sums, maxima, tables)
 
 
 def mismatch_metrics(totals: Totals) -> dict[str, float]:
-    """The step's numbers, of the sums and maxima over all microbatches of all replicas:
+    """The step's numbers, of the sums, maxima and tables over all microbatches of all replicas; nothing of other totals.
 
+    - `mismatch/logprob_gap_mean` and `..._max` of |log k|: of tokens of age 0, for which it ought to be rounding, and
+      `mismatch/stale_gap_mean`, `..._max` of older ones; `mismatch/gap_...` of all;
     - `mismatch/gap_p50` and so on: percentiles of |log k|, and `mismatch/prob_gap_...` of |p_old - p_engine|: the upper end of the
-      bin that holds them, at most 1.33 times the exact value, never less; 0 below 1e-7. `..._mean` and `..._max` are exact;
+      bin that holds them, at most 1.33 times the exact value, never less; 0 below 1e-7. Means and maxima are exact;
     - `mismatch/kl_engine_train` (k3), `mismatch/kl_engine_train_k1`, `mismatch/ess`;
-    - `mismatch/masked_low_fraction`, `..._high_fraction`: of all tokens, by the side of 1 on which k lies;
+    - `mismatch/masked_fraction`, and `..._low_fraction`, `..._high_fraction` by the side of 1 on which k lies;
     - `mismatch/by_age/<versions>/share` of tokens, `gap_mean`, `gap_p99`, `prob_gap_mean` and `masked_fraction`: of classes that
       have tokens; `mismatch/by_entropy/<percent of tokens>/...` likewise, with `entropy_from` instead of the share: a bin on a
       boundary counts on both sides, in proportion.
     """
-    scalars, tables = _split(totals)
-    by_age, by_entropy = tables["mismatch/table_by_age"], tables["mismatch/table_by_entropy"]
-    gaps_by_age, gaps_by_entropy = tables["mismatch/gaps_by_age"].sum(1), tables["mismatch/gaps_by_entropy"].sum(1)
-    tokens = float(by_age[:, TOKENS].sum())
-    finite = float(gaps_by_age.sum())
-    n = max(finite, 1.0)
-    gap_max, prob_max = scalars["mismatch/gap_max"], scalars["mismatch/prob_gap_max"]
+    by_age, by_entropy, gaps_by_age, gaps_by_entropy, prob_gaps = (
+        torch.tensor(totals[f"mismatch/{name}"], dtype=torch.float64)
+        for name in ("by_age", "by_entropy", "gaps_by_age", "gaps_by_entropy", "prob_gaps")
+    )
+    gaps_by_age, gaps_by_entropy = gaps_by_age.sum(1), gaps_by_entropy.sum(1)
+    tokens, stale_tokens = float(by_age[:, TOKENS].sum()), float(by_age[1:, TOKENS].sum())
+    n = max(float(gaps_by_age.sum()), 1.0)
+    fresh_max, stale_max, prob_max = (totals[f"mismatch/{name}_max"] for name in ("logprob_gap", "stale_gap", "prob_gap"))
+    gap_max = max(fresh_max, stale_max)
     metrics = {
-        "mismatch/nonfinite": scalars["mismatch/nonfinite"],
-        "mismatch/masked_low_fraction": scalars["mismatch/masked_low"] / max(tokens, 1.0),
-        "mismatch/masked_high_fraction": scalars["mismatch/masked_high"] / max(tokens, 1.0),
-        "mismatch/kl_engine_train": scalars["mismatch/k3_sum"] / n,
-        "mismatch/kl_engine_train_k1": scalars["mismatch/k1_sum"] / n,
-        "mismatch/ess": _ess(scalars["mismatch/k_sum"], scalars["mismatch/k_square_sum"], n),
+        "mismatch/nonfinite": totals["mismatch/nonfinite"],
+        **{
+            f"mismatch/{name}_fraction": totals[f"mismatch/{name}"] / max(tokens, 1)
+            for name in ("masked", "masked_low", "masked_high")
+        },
+        "mismatch/kl_engine_train": totals["mismatch/k3_sum"] / n,
+        "mismatch/kl_engine_train_k1": totals["mismatch/k1_sum"] / n,
+        "mismatch/ess": _ess(totals["mismatch/k_sum"], totals["mismatch/k_square_sum"], n),
+        "mismatch/logprob_gap_mean": float(by_age[0, GAP_SUM]) / max(tokens - stale_tokens, 1),
+        "mismatch/logprob_gap_max": fresh_max,
+        "mismatch/stale_gap_mean": float(by_age[1:, GAP_SUM].sum()) / max(stale_tokens, 1),
+        "mismatch/stale_gap_max": stale_max,
         "mismatch/gap_mean": float(by_age[:, GAP_SUM].sum()) / n,
         "mismatch/gap_max": gap_max,
         "mismatch/prob_gap_mean": float(by_age[:, PROB_GAP_SUM].sum()) / n,
         "mismatch/prob_gap_max": prob_max,
     }
-    prob_gaps = tables["mismatch/prob_gaps"]
     for name, share in PERCENTILES.items():
         metrics[f"mismatch/gap_{name}"] = _quantile(gaps_by_age.sum(0), GAP_BINS, share, gap_max)
         metrics[f"mismatch/prob_gap_{name}"] = _quantile(prob_gaps, PROB_BINS, share, prob_max)
@@ -163,9 +191,8 @@ def mismatch_metrics(totals: Totals) -> dict[str, float]:
             metrics |= _of_group(f"mismatch/by_age/{name}", by_age[row], gaps_by_age[row], gap_max)
     for name, parts in _entropy_groups(by_entropy[:, TOKENS]).items():
         lowest = int(parts.nonzero()[0])
-        metrics[f"mismatch/by_entropy/{name}/entropy_from"] = 10 ** (ENTROPY_BINS.start + lowest * ENTROPY_BINS.width) * (
-            lowest > 0
-        )
+        start = 10 ** (ENTROPY_BINS.start + lowest * ENTROPY_BINS.width)
+        metrics[f"mismatch/by_entropy/{name}/entropy_from"] = start if lowest else 0.0
         metrics |= _of_group(f"mismatch/by_entropy/{name}", parts @ by_entropy, parts @ gaps_by_entropy, gap_max)
     return metrics
 
@@ -173,13 +200,17 @@ def mismatch_metrics(totals: Totals) -> dict[str, float]:
 def mismatch_histograms(totals: Totals) -> dict[str, Histogram]:
     """Sizes of the gap where the policy finds a token likelier than the engine (log k >= 0), where less likely, and the sizes of
     the gap in probability."""
-    _, tables = _split(totals)
-    above, below = tables["mismatch/gaps_by_age"].sum(0)
+    above, below = torch.tensor(totals["mismatch/gaps_by_age"], dtype=torch.float64).sum(0).tolist()
     return {
         "mismatch/gap_above": _histogram(above, GAP_BINS),
         "mismatch/gap_below": _histogram(below, GAP_BINS),
-        "mismatch/prob_gap": _histogram(tables["mismatch/prob_gaps"], PROB_BINS),
+        "mismatch/prob_gap": _histogram(totals["mismatch/prob_gaps"], PROB_BINS),
     }
+
+
+def has_mismatch(totals: Totals) -> bool:
+    """Whether the loss measured it."""
+    return "mismatch/by_age" in totals
 
 
 def _age_class(age_T: torch.Tensor) -> torch.Tensor:
@@ -221,10 +252,9 @@ def _quantile(counts: torch.Tensor, bins: Bins, share: float, largest: float) ->
     return quantile(counts.tolist(), bins.start, bins.width, share, largest)
 
 
-def _histogram(counts: torch.Tensor, bins: Bins) -> Histogram:
-    return Histogram(bins.start, bins.width, tuple(counts.tolist()))
+def _histogram(counts: Sequence[float], bins: Bins) -> Histogram:
+    return Histogram(bins.start, bins.width, tuple(counts))
 
 
-def _split(totals: Totals) -> tuple[dict[str, float], dict[str, Any]]:
-    tables = {name: value.double().cpu() for name, value in totals.items() if isinstance(value, torch.Tensor) and value.dim()}
-    return {name: float(value) for name, value in totals.items() if name not in tables}, tables
+def _largest(sizes_T: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.pad(sizes_T, (0, 1)).max()  # 0 over no token, as a CP rank may have

@@ -227,10 +227,10 @@ class MegatronPolicy:
         return attention.make_plan(inputs.segments, rotary_dim, self._model.rotary_base)
 
     def _totals(self, outputs: Sequence[LossOutput]) -> dict[str, Any]:
-        """Over all microbatches, CP ranks and replicas, on every rank: numbers, and tensors in host memory."""
+        """Over all microbatches, CP ranks and replicas, on every rank: numbers, and tables as nested lists."""
         totals: dict[str, Any] = {}
         if outputs:
-            totals = self._reduced([output.sums for output in outputs], dist.ReduceOp.SUM)
+            totals = self._reduced([output.sums | output.tables for output in outputs], dist.ReduceOp.SUM)
             totals |= self._reduced([output.maxima for output in outputs], dist.ReduceOp.MAX)
         if self._pp.size() > 1:  # the other stages know neither the values nor their names
             box = [totals]
@@ -246,7 +246,7 @@ class MegatronPolicy:
         reduced = flat.sum(0) if how == dist.ReduceOp.SUM else flat.amax(0)
         dist.all_reduce(reduced, how, self._replicas)
         parts = reduced.cpu().split([shape.numel() for shape in shapes.values()])
-        return {name: part.view(shape) if shape else part.item() for (name, shape), part in zip(shapes.items(), parts, strict=True)}
+        return {name: part.view(shape).tolist() for (name, shape), part in zip(shapes.items(), parts, strict=True)}
 
     @contextmanager
     def _reference_weights(self) -> Iterator[None]:

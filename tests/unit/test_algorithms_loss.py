@@ -79,11 +79,11 @@ def test_policy_loss_by_hand() -> None:
         "mismatch/masked": 1.0,
         "mismatch/masked_low": 1.0,  # k = 0.4
         "mismatch/masked_high": 0.0,
-        "mismatch/logprob_gap_sum": LOG(2) + LOG(2.5) + 0 + 0,
-        "mismatch/fresh_tokens": 4.0,
-        "mismatch/stale_gap_sum": LOG(2),
-        "mismatch/stale_tokens": 1.0,
         "mismatch/nonfinite": 0.0,
+        "mismatch/k_sum": 2 + 0.4 + 1 + 1 + 0.5,
+        "mismatch/k_square_sum": 4 + 0.16 + 1 + 1 + 0.25,
+        "mismatch/k1_sum": -LOG(2 * 0.4 * 0.5),
+        "mismatch/k3_sum": 4.9 - 5 - LOG(2 * 0.4 * 0.5),
         "policy/clipped": 2.0,  # tokens 1 and 4; 2 would be, but is masked; at 3 the minimum is the unclipped one
         "policy/entropy_sum": 4.0,
         # r - 1 - log r: 0.5 - log 1.5, twice 1 - log 2, -0.5 - log 0.5, 0
@@ -130,8 +130,8 @@ def test_reused_old_logprobs_are_the_new_ones_detached() -> None:
 def test_summarise() -> None:
     new_T, entropy_T, batch = hand_batch()
     output = FULL(new_T, entropy_T, batch)
-    totals = {name: value.item() for name, value in (output.sums | output.maxima).items()} | {"policy/grad_norm": 3.0}
-    metrics = summarise(totals)
+    totals = {name: value.tolist() for name, value in (output.sums | output.maxima | output.tables).items()}
+    metrics = summarise(totals | {"policy/grad_norm": 3.0})
     assert metrics["mismatch/masked_fraction"] == pytest.approx(1 / 5)
     assert metrics["mismatch/logprob_gap_mean"] == pytest.approx((LOG(2) + LOG(2.5)) / 4)
     assert metrics["mismatch/stale_gap_mean"] == pytest.approx(LOG(2))

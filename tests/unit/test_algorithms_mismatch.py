@@ -12,7 +12,15 @@ import torch
 
 from megatron_rl.algorithms.correction import icepop_weights
 from megatron_rl.algorithms.histogram import Histogram, quantile
-from megatron_rl.algorithms.mismatch import AGES, ENTROPIES, GAP_BINS, mismatch_histograms, mismatch_metrics, mismatch_sums
+from megatron_rl.algorithms.mismatch import (
+    AGES,
+    ENTROPIES,
+    GAP_BINS,
+    MismatchSums,
+    mismatch_histograms,
+    mismatch_metrics,
+    mismatch_sums,
+)
 
 BIN = 10 ** (1 / 8) * (1 + 1e-5)  # of the sizes, with float32's rounding at an edge
 Tokens = dict[str, torch.Tensor]
@@ -32,15 +40,15 @@ def tokens_of(count: int = 20_000, seed: int = 0) -> Tokens:
     return tokens | {"weights": icepop_weights(tokens["old"], tokens["engine"]), "mask": mask_T}
 
 
-def sums_of(tokens: Tokens) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+def sums_of(tokens: Tokens) -> MismatchSums:
     return mismatch_sums(*(tokens[name] for name in ("old", "engine", "entropy", "age", "weights", "mask")))
 
 
 def totals_of(*parts: Tokens) -> dict[str, Any]:
-    results = [sums_of(part) for part in parts]
-    totals: dict[str, Any] = {name: sum(sums[name] for sums, _ in results) for name in results[0][0]}
-    totals |= {name: max(maxima[name] for _, maxima in results) for name in results[0][1]}
-    return {name: value if value.dim() else float(value) for name, value in totals.items()}
+    found = [sums_of(part) for part in parts]
+    totals: dict[str, Any] = {name: sum(of.sums[name] for of in found).tolist() for name in found[0].sums}  # type: ignore[union-attr]
+    totals |= {name: sum(of.tables[name] for of in found).tolist() for name in found[0].tables}  # type: ignore[union-attr]
+    return totals | {name: max(of.maxima[name].item() for of in found) for name in found[0].maxima}
 
 
 def inside(tokens: Tokens) -> dict[str, np.ndarray]:
@@ -62,6 +70,11 @@ def test_numbers_are_those_of_a_float64_reference() -> None:
         "ess": k.sum() ** 2 / (len(k) * (k**2).sum()),
         "masked_low_fraction": (k < 0.5).mean(),
         "masked_high_fraction": (k > 5).mean(),
+        "masked_fraction": ((k < 0.5) | (k > 5)).mean(),
+        "logprob_gap_mean": gap[numbers["age"] == 0].mean(),
+        "logprob_gap_max": gap[numbers["age"] == 0].max(),
+        "stale_gap_mean": gap[numbers["age"] > 0].mean(),
+        "stale_gap_max": gap[numbers["age"] > 0].max(),
         "nonfinite": 0.0,
     }
     for name, value in exact.items():
@@ -189,33 +202,33 @@ def test_gaps_that_are_not_finite_are_counted_apart() -> None:
         assert mixed[f"mismatch/{name}"] == clean[f"mismatch/{name}"]
     n = len(good["old"])
     assert mixed["mismatch/gap_mean"] == pytest.approx(clean["mismatch/gap_mean"] * n / (n + 1), rel=1e-12)
-    masked = clean["mismatch/masked_low_fraction"] * n / (n + 5)
-    assert mixed["mismatch/masked_low_fraction"] == pytest.approx(masked, rel=1e-12)
+    for side, more in (("", 4), ("_low", 1), ("_high", 1)):  # infinite on either side, and twice undefined
+        masked = clean[f"mismatch/masked{side}_fraction"] * n + more
+        assert mixed[f"mismatch/masked{side}_fraction"] == pytest.approx(masked / (n + 5), rel=1e-12)
 
 
 def test_huge_gaps_stay_finite() -> None:
-    old_T, engine_T = torch.tensor([0.0, -500.0, -1e30]), torch.tensor([-300.0, 0.0, -1.0])
-    ones_T = torch.ones(3)
-    sums, maxima = mismatch_sums(old_T, engine_T, ones_T, ones_T, ones_T, ones_T)
-    assert all(torch.isfinite(value).all() for value in (*sums.values(), *maxima.values()))
-    totals = {name: value if value.dim() else float(value) for name, value in (sums | maxima).items()}
-    metrics = mismatch_metrics(totals)
+    names = ("entropy", "age", "weights", "mask")
+    tokens = {"old": torch.tensor([0.0, -500.0, -1e30]), "engine": torch.tensor([-300.0, 0.0, -1.0])}
+    metrics = mismatch_metrics(totals_of(tokens | {name: torch.ones(3) for name in names}))
+    assert all(math.isfinite(value) for value in metrics.values())
     assert metrics["mismatch/kl_engine_train"] == pytest.approx((math.exp(20) - 21 + 2 * (math.exp(-20) + 19)) / 3, rel=1e-6)
     assert metrics["mismatch/gap_p50"] == pytest.approx(1e30)  # beyond the last bin: the largest of all
 
 
-def test_no_token_gives_zeros() -> None:
-    zeros_T = torch.zeros(4)
-    sums, maxima = mismatch_sums(zeros_T, zeros_T, zeros_T, zeros_T, zeros_T, zeros_T)
-    metrics = mismatch_metrics(sums | maxima)
+@pytest.mark.parametrize("count", [0, 4])
+def test_no_token_gives_zeros(count: int) -> None:
+    """A CP rank may hold none, and a filler has none inside the mask."""
+    names = ("old", "engine", "entropy", "age", "weights", "mask")
+    metrics = mismatch_metrics(totals_of({name: torch.zeros(count) for name in names}))
     assert set(metrics.values()) == {0.0} and not [name for name in metrics if "/by_" in name]
 
 
 def test_the_sums_carry_no_gradient() -> None:
     tokens = tokens_of(10)
     tokens["old"] = tokens["old"].nan_to_num().requires_grad_()
-    sums, maxima = sums_of(tokens)
-    assert not any(value.requires_grad for value in (*sums.values(), *maxima.values()))
+    found = sums_of(tokens)
+    assert not any(value.requires_grad for value in (*found.sums.values(), *found.maxima.values(), *found.tables.values()))
 
 
 @pytest.mark.parametrize("size", [0.0, 1e-12, 9e-8, 1.01e-7, 3.3e-4, 0.99, 1.01, 99.0, 1e4])
