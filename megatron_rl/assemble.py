@@ -26,6 +26,7 @@ from megatron_rl.data.sft import SftStream, read_sft
 from megatron_rl.data.tokenizer import Tokenizer, export_hf_tokenizer, load_tokenizer
 from megatron_rl.loops.evaluate import Evaluator
 from megatron_rl.loops.signals import StopFlag
+from megatron_rl.observability.alarms import mismatch_alarms
 from megatron_rl.observability.console import set_up_logging
 from megatron_rl.observability.report import write_report
 from megatron_rl.observability.summary import read_rows, rl_summary
@@ -169,7 +170,9 @@ def policy_parts(config: RlRun | SftRun, run_dir: Path, stack: ExitStack) -> Pol
     store = CheckpointStore(run_dir / "checkpoints", policy, ranks, config.checkpoint.keep, export)
     tracker: Tracker = NullTracker()
     if ranks.rank == 0:
-        tracker = RunTracker(run_dir, steps=config.run.steps, decode=tokenizer.decode, **config.track.model_dump())
+        alarms = mismatch_alarms(**config.track.mismatch_alarm.model_dump()) if isinstance(config, RlRun) else []
+        track = config.track.model_dump(exclude={"mismatch_alarm"})
+        tracker = RunTracker(run_dir, steps=config.run.steps, decode=tokenizer.decode, alarms=alarms, **track)
     stack.callback(tracker.close)
     return PolicyParts(ranks, policy, resharder, store, tracker, tokenizer)
 

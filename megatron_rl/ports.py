@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import torch
 
     from megatron_rl.algorithms.batch import LossOutput, PackedBatch
+    from megatron_rl.algorithms.histogram import Histogram
 
 T = TypeVar("T")
 Occupied = Literal["all", "weights", "nothing"]
@@ -50,10 +51,10 @@ class Policy(Protocol):
     def reference_logprobs(self, microbatches: Sequence[PackedBatch], temperature: float) -> list[torch.Tensor]:
         """The same under the weights the run started from (kept in host memory when the policy was built with a reference)."""
 
-    def train_step(self, microbatches: Sequence[PackedBatch], loss: TokenLoss, temperature: float) -> dict[str, float]:
+    def train_step(self, microbatches: Sequence[PackedBatch], loss: TokenLoss, temperature: float) -> dict[str, Any]:
         """One optimizer step over all microbatches of all replicas. Gradients of `LossOutput.loss` are *summed* over
-        microbatches and replicas: the divisor is the loss's own business. Returns the summed `sums` and the maxima over all
-        tokens of all replicas, plus `policy/grad_norm` and `policy/lr`."""
+        microbatches and replicas: the divisor is the loss's own business. Returns the summed `sums`, the maxima and, as nested
+        lists, the summed tables over all tokens of all replicas, plus `policy/grad_norm` and `policy/lr`."""
 
     def weights(self) -> Mapping[str, torch.Tensor]:
         """This rank's shards of all parameters and persistent buffers, by Megatron name with *global* layer and expert
@@ -164,6 +165,8 @@ class Tracker(Protocol):
     """Where numbers and samples go; rank 0 writes, other ranks hold one that drops everything."""
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None: ...
+
+    def histograms(self, step: int, histograms: Mapping[str, Histogram]) -> None: ...
 
     def rollouts(self, step: int, groups: Sequence[Group]) -> None: ...
 

@@ -20,7 +20,7 @@ import torch
 from megatron_rl.algorithms.batch import LossOutput, PackedBatch
 from megatron_rl.algorithms.correction import Correction, off_policy_sequence_mask
 from megatron_rl.algorithms.kl import KlEstimator, k3, kl_estimate, limited
-from megatron_rl.algorithms.mismatch import Totals, has_mismatch, mismatch_metrics, mismatch_sums
+from megatron_rl.algorithms.mismatch import Totals, mismatch_metrics, mismatch_sums
 from megatron_rl.algorithms.surrogates import Surrogate
 
 ICEPOP, PPO = Correction(), Surrogate()
@@ -123,7 +123,7 @@ def summarise(totals: Totals) -> dict[str, float]:
     metrics |= {metric: totals[name] / max(totals[count], 1) for name, (metric, count) in MEANS.items() if name in totals}
     metrics["policy/tokens"] = metrics.pop("tokens")
     metrics["loss/total"] = sum(value for name, value in totals.items() if name.startswith("loss/"))
-    return metrics | (mismatch_metrics(totals) if has_mismatch(totals) else {})
+    return metrics | mismatch_metrics(totals)
 
 
 def _count(flags_T: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

@@ -83,8 +83,8 @@ def mismatch_sums(
     weights_T: torch.Tensor,
     mask_T: torch.Tensor,
 ) -> MismatchSums:
-    """`age_T` is the number of weight versions between a token's sampling and its training; `weights_T` the correction's, 0 where it
-    masks; `mask_T` the loss mask.
+    """`age_T` is the number of weight versions between a token's sampling and its training; `weights_T` the correction's, 0 where
+    it masks; `mask_T` the loss mask.
 
     With k = exp(log k) limited to e^+-20, over the engine's own samples: mean of -log k and of k - 1 - log k, both unbiased
     estimators of KL(engine || train), the second with less variance (Schulman 2020, "Approximating KL divergence": k1 and k3), and
@@ -143,7 +143,7 @@ def mismatch_sums(
 
 
 def mismatch_metrics(totals: Totals) -> dict[str, float]:
-    """The step's numbers, of the sums, maxima and tables over all microbatches of all replicas; nothing of other totals.
+    """The step's numbers, of the sums, maxima and tables over all microbatches of all replicas; none where none was measured.
 
     - `mismatch/logprob_gap_mean` and `..._max` of |log k|: of tokens of age 0, for which it ought to be rounding, and
       `mismatch/stale_gap_mean`, `..._max` of older ones; `mismatch/gap_...` of all;
@@ -155,6 +155,8 @@ def mismatch_metrics(totals: Totals) -> dict[str, float]:
       have tokens; `mismatch/by_entropy/<percent of tokens>/...` likewise, with `entropy_from` instead of the share: a bin on a
       boundary counts on both sides, in proportion.
     """
+    if not _measured(totals):
+        return {}
     by_age, by_entropy, gaps_by_age, gaps_by_entropy, prob_gaps = (
         torch.tensor(totals[f"mismatch/{name}"], dtype=torch.float64)
         for name in ("by_age", "by_entropy", "gaps_by_age", "gaps_by_entropy", "prob_gaps")
@@ -199,7 +201,9 @@ def mismatch_metrics(totals: Totals) -> dict[str, float]:
 
 def mismatch_histograms(totals: Totals) -> dict[str, Histogram]:
     """Sizes of the gap where the policy finds a token likelier than the engine (log k >= 0), where less likely, and the sizes of
-    the gap in probability."""
+    the gap in probability; none where none was measured."""
+    if not _measured(totals):
+        return {}
     above, below = torch.tensor(totals["mismatch/gaps_by_age"], dtype=torch.float64).sum(0).tolist()
     return {
         "mismatch/gap_above": _histogram(above, GAP_BINS),
@@ -208,8 +212,7 @@ def mismatch_histograms(totals: Totals) -> dict[str, Histogram]:
     }
 
 
-def has_mismatch(totals: Totals) -> bool:
-    """Whether the loss measured it."""
+def _measured(totals: Totals) -> bool:
     return "mismatch/by_age" in totals
 
 

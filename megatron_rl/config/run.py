@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal, Self
 
-from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from megatron_rl.config.algorithm import AlgorithmConfig
 from megatron_rl.config.base import Config
@@ -41,6 +41,18 @@ class TrackConfig(Config):
     rollouts_kept: PositiveInt = 16  # samples per dump
 
 
+class MismatchAlarmConfig(Config):
+    """A warning when a metric rises above its threshold; null: none."""
+
+    # The mean |p_old - p_engine|; training has been seen to fail above 0.05 (Ring-1T's report, arXiv 2510.18855, section 2.3.2).
+    prob_gap_mean: PositiveFloat | None = 0.05
+    masked_fraction: PositiveFloat | None = 0.01  # of trained tokens, by the correction; there 0.001 to 0.002
+
+
+class RlTrackConfig(TrackConfig):
+    mismatch_alarm: MismatchAlarmConfig = MismatchAlarmConfig()
+
+
 class EvalConfig(Config):
     every: NonNegativeInt = 0  # training steps between two evaluations; 0: none between the ends
     at_ends: bool = True  # before the first step and after the last
@@ -64,7 +76,7 @@ class RlRun(Config):
     data: DataConfig
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
-    track: TrackConfig = TrackConfig()
+    track: RlTrackConfig = RlTrackConfig()
 
     @model_validator(mode="after")
     def _lengths(self) -> Self:

@@ -17,6 +17,7 @@ import torch
 
 from megatron_rl.algorithms.batch import PackedBatch
 from megatron_rl.algorithms.loss import summarise
+from megatron_rl.algorithms.mismatch import mismatch_histograms
 from megatron_rl.config import RlRun
 from megatron_rl.loops import batches
 from megatron_rl.loops.conductor import Phase
@@ -106,7 +107,10 @@ def update(config: RlRun, parts: RlParts, groups: Sequence[Group], version: int)
     if algorithm.kl_weight and algorithm.kl_in == "reward":
         metrics = penalise(config, parts, groups, sequences, share, batches.places(sequences, **split))
     for _ in range(algorithm.updates_per_step):
-        metrics |= summarise(policy.train_step(share, parts.loss, temperature))
+        totals = policy.train_step(share, parts.loss, temperature)
+        metrics |= summarise(totals)
+    if histograms := mismatch_histograms(totals):
+        parts.tracker.histograms(version + 1, histograms)
     return metrics | {"policy/updates": float(algorithm.updates_per_step)}
 
 

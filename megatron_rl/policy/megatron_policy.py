@@ -117,7 +117,7 @@ class MegatronPolicy:
             dist.broadcast(all_tokens, group_src=self._pp.size() - 1, group=self._pp)
         return logprobs
 
-    def train_step(self, microbatches: Sequence[PackedBatch], loss: TokenLoss, temperature: float) -> dict[str, float]:
+    def train_step(self, microbatches: Sequence[PackedBatch], loss: TokenLoss, temperature: float) -> dict[str, Any]:
         from megatron.core.distributed import finalize_model_grads
 
         for chunk in self.chunks:

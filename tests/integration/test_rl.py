@@ -80,6 +80,11 @@ def test_engine_and_policy_agree_after_every_push(run_dir: Path) -> None:
     """Every token that the pushed weights sampled has the policy's own log-prob (fp32), while updates move the weights."""
     metrics = rows(run_dir / "metrics.jsonl")
     assert all(row["mismatch/logprob_gap_max"] < 1e-4 for row in metrics)
+    gaps = rows(run_dir / "mismatch.jsonl")
+    assert [row["step"] for row in gaps] == [row["step"] for row in metrics]
+    for gap, row in zip(gaps, metrics, strict=True):
+        counted = [gap[name]["counts"] for name in ("mismatch/gap_above", "mismatch/gap_below") if name in gap]
+        assert sum(map(sum, counted)) == row["policy/tokens"]
     # Random weights earn no reward: the entropy term alone moves them, in every step.
     assert all(row["policy/grad_norm"] > 0 for row in metrics)
     assert any(row["mismatch/stale_gap_max"] > 1e-3 for row in metrics)

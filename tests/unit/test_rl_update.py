@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytest
 import torch
 
 from megatron_rl.algorithms.batch import PackedBatch
+from megatron_rl.algorithms.histogram import Histogram
+from megatron_rl.algorithms.loss import policy_loss
 from megatron_rl.config import RlRun, validate
 from megatron_rl.loops.parts import RlParts
 from megatron_rl.loops.rl import update
@@ -54,6 +56,17 @@ def group(name: str, rewards: list[float], lengths: list[int]) -> Group:
 
 def updated(groups: list[Group], **algorithm: object) -> tuple[dict[str, float], dict[int, float], RecordingPolicy]:
     """(metrics, advantage by response length, policy); every response must have a length of its own."""
+    policy, nothing = RecordingPolicy(), Any
+    parts = RlParts(OneReplica(), policy, nothing, nothing, nothing, nothing, torch.device("cpu"))  # type: ignore[arg-type]
+    metrics = update(config(**algorithm), parts, groups, version=0)
+    advantages = {}
+    for batch in policy.trained[0] if policy.trained else []:
+        for values_S in batch.fields["advantages"].split(batch.cu_seqlens.diff().tolist()):
+            advantages[len(values_S) - 1] = values_S[-1].item()
+    return metrics, advantages, policy
+
+
+def config(**algorithm: object) -> RlRun:
     shape = {"hidden_size": 8, "num_layers": 1, "num_attention_heads": 1, "ffn_hidden_size": 8, "vocab_size": 32}
     values = {
         "run": {"dir": "unused", "steps": 1},
@@ -64,14 +77,27 @@ def updated(groups: list[Group], **algorithm: object) -> tuple[dict[str, float],
         "eval": {"at_ends": False},
         "algorithm": algorithm,
     }
-    policy, nothing = RecordingPolicy(), Any
-    parts = RlParts(OneReplica(), policy, nothing, nothing, nothing, nothing, torch.device("cpu"))  # type: ignore[arg-type]
-    metrics = update(validate(RlRun, values), parts, groups, version=0)
-    advantages = {}
-    for batch in policy.trained[0] if policy.trained else []:
-        for values_S in batch.fields["advantages"].split(batch.cu_seqlens.diff().tolist()):
-            advantages[len(values_S) - 1] = values_S[-1].item()
-    return metrics, advantages, policy
+    return validate(RlRun, values)
+
+
+def test_the_gap_reaches_the_tracker_under_the_steps_number() -> None:
+    found: dict[int, Mapping[str, Histogram]] = {}
+
+    class Gaps:
+        def histograms(self, step: int, histograms: Mapping[str, Histogram]) -> None:
+            found[step] = histograms
+
+    class Measuring(RecordingPolicy):
+        def train_step(self, microbatches: Sequence[PackedBatch], loss: Any, temperature: float) -> dict[str, Any]:
+            (batch,) = microbatches
+            output = loss(batch.fields["old_logprobs"], torch.zeros(len(batch.tokens_T)), batch)
+            return {name: value.tolist() for name, value in (output.sums | output.maxima | output.tables).items()}
+
+    nothing = Any
+    parts = RlParts(OneReplica(), Measuring(), policy_loss(), nothing, nothing, Gaps(), torch.device("cpu"))  # type: ignore[arg-type]
+    metrics = update(config(), parts, GROUPS[:1], version=4)
+    assert metrics["mismatch/by_age/4-7/share"] == 1.0 and metrics["mismatch/gap_max"] == 0.0
+    assert [(step, of["mismatch/gap_above"].total) for step, of in found.items()] == [(5, 6.0)]
 
 
 GROUPS = [group("a", [1, 0], [2, 4]), group("b", [1, 1], [3, 5])]
