@@ -324,6 +324,24 @@ def test_a_part_without_tokens_adds_nothing() -> None:
     assert not any(value.item() for value in (output.sums | output.maxima).values())
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("correction", CORRECTIONS)
+def test_nothing_waits_for_the_device(kind: SurrogateKind, correction: CorrectionKind) -> None:
+    """Tensors on the meta device have no values: reading one, or a shape that depends on one, raises."""
+    names = ("advantages", "engine_logprobs", "old_logprobs", "ref_logprobs", "weight", "age")
+    batch = PackedBatch(
+        tokens_T=torch.zeros(9, dtype=torch.int64, device="meta"),
+        cu_seqlens=torch.zeros(4, dtype=torch.int32, device="meta"),
+        loss_mask_T=torch.ones(9, device="meta"),
+        fields={name: torch.zeros(9, device="meta") for name in names},
+    )
+    settings = Correction(correction, phi=0.5, sequence_band=(0.3, 3.0), off_policy_delta=0.05)
+    loss = policy_loss(correction=settings, surrogate=Surrogate(kind), kl_weight=0.1, entropy_weight=0.01)
+    loss(torch.zeros(9, device="meta", requires_grad=True), torch.zeros(9, device="meta"), batch).loss.backward()
+    with pytest.raises(RuntimeError, match="meta"):
+        bool(batch.loss_mask_T.sum() > 0)
+
+
 def test_algorithms_need_torch_alone() -> None:
     program = (
         "import sys, pkgutil, importlib\n"
