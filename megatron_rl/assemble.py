@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_rl import rundir
 from megatron_rl.config import EvalRun, RlRun, SftRun, UserError
+from megatron_rl.config.model import ModelConfig
 from megatron_rl.config.rollout import EngineConfig
 from megatron_rl.data.prompts import PromptStream, read_prompts
 from megatron_rl.data.sft import SftStream, read_sft
@@ -35,7 +36,7 @@ from megatron_rl.ports import Tracker, WeightSink
 from megatron_rl.rewards.pool import RewardPool
 from megatron_rl.scheduler.messages import Settings
 from megatron_rl.scheduler.outlook import outlook
-from megatron_rl.types import Group, Prompt, SamplingParams
+from megatron_rl.types import Group, Prompt, RoutingShape, SamplingParams
 
 if TYPE_CHECKING:
     from megatron_rl.checkpoint.store import CheckpointStore
@@ -158,6 +159,7 @@ def policy_parts(config: RlRun | SftRun, run_dir: Path, stack: ExitStack) -> Pol
         ranks=ranks,
         load=start_from(Path(start), config.model, config.parallel, ranks, tokenizer) if start else None,
         with_reference=isinstance(config, RlRun) and config.algorithm.kl_weight > 0,
+        replay=config.algorithm.routing.kind if isinstance(config, RlRun) else "off",
     )
     resharder = Resharder(config.model, config.parallel, policy.weights, ranks, EXPORT_BUCKET_BYTES)
     facts = hf_config(config.model, dtype=str(policy.dtype).removeprefix("torch."), **special_tokens(tokenizer))
@@ -212,6 +214,7 @@ def rl_parts(config: RlRun, run_dir: Path, core: PolicyParts, stop: StopFlag, st
         store=core.store,
         tracker=core.tracker,
         device=core.ranks.device,
+        routing=routing_shape(config.model),
         conductor=rollouts.conductor,
         engines=rollouts.engines,
         evaluator=rollouts.evaluator,
@@ -242,7 +245,9 @@ def rollout_parts(config: RlRun, run_dir: Path, tokenizer: Tokenizer, stop: Stop
     runner = stack.enter_context(asyncio.Runner())
     shape = architecture_only(config, run_dir, tokenizer)
     empty = config.engine.model_copy(update={"server_args": {"load_format": "dummy"} | config.engine.server_args})
-    engines = sglang_engines(empty, shape, run_dir, config.model.max_position_embeddings, config.run.seed, stack)
+    needs_experts = algorithm.routing.needs_engines_experts
+    routing = routing_shape(config.model) if any(map(needs_experts, range(config.run.steps))) else None
+    engines = sglang_engines(empty, shape, run_dir, config.model.max_position_embeddings, config.run.seed, stack, routing)
     sink: WeightSink = EngineWeights(engines, config.engine.tp, sync.timeout_s, sync.transport)
     if sync.quantize == "fp8":
         sink = QuantizingSink(sink, sync.verify)
@@ -257,7 +262,9 @@ def rollout_parts(config: RlRun, run_dir: Path, tokenizer: Tokenizer, stop: Stop
         failed, advantage = config.reward.exclude_failed, algorithm.advantage
         return bool(usable_groups([group], advantage=advantage, zero_variance="drop", exclude_failed=failed))
 
-    conductor = Conductor(settings, sampling, engines, rewards, stream, journal, stop, runner, rollout.timeout_s, is_useful)
+    conductor = Conductor(
+        settings, sampling, engines, rewards, stream, journal, stop, runner, rollout.timeout_s, is_useful, needs_experts
+    )
     evaluator = None
     if config.data.eval:
         held_out = evaluation_prompts(config, tokenizer, rollout.max_prompt_tokens)
@@ -312,12 +319,23 @@ def architecture_only(config: RlRun, run_dir: Path, tokenizer: Tokenizer) -> Pat
     return path
 
 
+def routing_shape(model: ModelConfig) -> RoutingShape | None:
+    moe = model.moe
+    return RoutingShape(model.num_layers, moe.first_dense_layers, moe.top_k, moe.num_experts) if moe else None
+
+
 def sglang_engines(
-    config: EngineConfig, model: Path, run_dir: Path, context_length: int, seed: int, stack: ExitStack
+    config: EngineConfig,
+    model: Path,
+    run_dir: Path,
+    context_length: int,
+    seed: int,
+    stack: ExitStack,
+    routing: RoutingShape | None = None,
 ) -> SglangEngines:
     from megatron_rl.engine.launcher import SglangEngines
 
-    engines = SglangEngines(config, str(model), run_dir, context_length, seed)
+    engines = SglangEngines(config, str(model), run_dir, context_length, seed, routing)
     stack.callback(engines.stop)
     return engines
 

@@ -42,7 +42,7 @@ class Rollout:
     engine_logprobs: tuple[float, ...] = ()
     versions: tuple[int, ...] = ()
     finish_reason: FinishReason | None = None  # None while unfinished
-    experts: bytes = b""  # rows (RoutingShape) of the first so many positions, those of the prompt included; empty: not recorded
+    experts: bytes = b""  # rows (RoutingShape) of the first so many positions, the prompt's included: as the last engine chose
 
     def __post_init__(self) -> None:
         if not len(self.tokens) == len(self.engine_logprobs) == len(self.versions):
@@ -58,7 +58,7 @@ class Rollout:
             engine_logprobs=self.engine_logprobs + progress.engine_logprobs,
             versions=self.versions + progress.versions,
             finish_reason=progress.finish_reason,
-            experts=self.experts + progress.experts,
+            experts=progress.experts or self.experts,
         )
 
 
@@ -71,7 +71,7 @@ class Progress:
     engine_logprobs: tuple[float, ...]
     versions: tuple[int, ...]
     finish_reason: FinishReason | None = None
-    experts: bytes = b""  # rows that follow those it was asked to leave out
+    experts: bytes = b""  # with the last message: of all positions but the last, those of earlier requests included
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,12 +85,16 @@ class RoutingShape:
     experts: int
 
     @property
+    def moe_layers(self) -> int:
+        return self.layers - self.first_dense
+
+    @property
     def itemsize(self) -> Literal[1, 2]:
         return 1 if self.experts <= 256 else 2
 
     @property
     def row_bytes(self) -> int:
-        return (self.layers - self.first_dense) * self.top_k * self.itemsize
+        return self.moe_layers * self.top_k * self.itemsize
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +145,7 @@ class GenerateRequest:
     tokens: tuple[int, ...]
     max_new_tokens: int
     sampling: SamplingParams
-    experts_from: int | None = None  # report the experts of this position and later ones when it ends; None: of none
+    report_experts: bool = False  # when it ends: an engine with new weights computes all positions again
 
 
 @dataclass(frozen=True, slots=True)

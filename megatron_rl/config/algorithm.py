@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal, Self
 
-from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from megatron_rl.config.base import Config
 
@@ -31,12 +31,35 @@ class CorrectionConfig(Config):
         return self
 
 
+class RoutingConfig(Config):
+    """Which experts tokens go to in the update's forward passes."""
+
+    kind: Literal["off", "r2", "r3"] = "off"  # the router's own; r2: as when the step began; r3: as in the engine
+    unrecorded: Literal["own", "mask"] = "own"  # tokens whose experts the engine could not report: the router's own, or not trained
+    probe_every: NonNegativeInt = 0  # steps; with kind=off, in those the routers are compared with the engine's experts; 0: never
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.probe_every and self.kind != "off":
+            raise ValueError(
+                f"probe_every={self.probe_every} is for kind=off: r3 compares in every step, r2 has no engine's experts"
+            )
+        if self.unrecorded == "mask" and self.kind != "r3":
+            raise ValueError("unrecorded=mask needs kind=r3")
+        return self
+
+    def needs_engines_experts(self, version: int) -> bool:
+        """In the step that trains the weights `version`."""
+        return self.kind == "r3" or (self.probe_every > 0 and (version + 1) % self.probe_every == 0)
+
+
 class AlgorithmConfig(Config):
     advantage: Literal["grpo", "dr_grpo", "rloo", "reinforce", "reinforce_pp", "reinforce_pp_baseline"] = "grpo"
     # Groups that teach nothing, because all rewards are equal. mask: they stay in every divisor, and that is all; resample: others
     # take their place within the phase (DAPO).
     zero_variance: Literal["keep", "mask", "drop", "resample"] = "drop"
     correction: CorrectionConfig = CorrectionConfig()
+    routing: RoutingConfig = RoutingConfig()
     surrogate: Literal["ppo", "gspo", "cispo", "gmpo", "reinforce"] = "ppo"
     clip_low: PositiveFloat = 0.2  # of the ratio's distance from 1; under gmpo of its logarithm
     clip_high: PositiveFloat = 0.2
@@ -58,6 +81,8 @@ class AlgorithmConfig(Config):
             raise ValueError("aggregation=token_budget needs train_token_budget")
         if self.old_logprobs == "reuse" and self.updates_per_step > 1:
             raise ValueError("old_logprobs=reuse needs updates_per_step=1: later updates are off-policy")
+        if self.old_logprobs == "reuse" and self.routing.kind == "r2":
+            raise ValueError("routing.kind=r2 needs old_logprobs=recompute: that pass is what it replays")
         if self.old_logprobs == "reuse" and self.kl_in == "reward":
             raise ValueError("kl_in=reward needs old_logprobs=recompute: rewards are complete before the update's forward")
         if self.kl_in == "loss" and self.kl_weight > 0 and self.kl_estimator == "k1":

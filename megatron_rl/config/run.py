@@ -6,7 +6,7 @@ from typing import Literal, Self
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from megatron_rl.config.algorithm import AlgorithmConfig
+from megatron_rl.config.algorithm import AlgorithmConfig, RoutingConfig
 from megatron_rl.config.base import Config
 from megatron_rl.config.model import ModelConfig, OptimizerConfig, ParallelConfig
 from megatron_rl.config.rollout import EngineConfig, RewardConfig, RolloutConfig
@@ -86,6 +86,8 @@ class RlRun(Config):
                 f"rollout: max_prompt_tokens + max_response_tokens = {longest} is beyond "
                 f"model.max_position_embeddings={self.model.max_position_embeddings}"
             )
+        if self.model.moe is None and self.algorithm.routing != RoutingConfig():
+            raise ValueError("algorithm.routing: the model has no experts (model.moe is null)")
         if (self.eval.every or self.eval.at_ends) and not self.data.eval:
             raise ValueError("data.eval: null, but eval.every or eval.at_ends asks for an evaluation")
         if self.algorithm.kl_in == "reward" and self.rollout.group_release == "early":

@@ -80,17 +80,15 @@ class SglangEngine:
         # SGLang aborts by prefix (scheduler.py:5450): no request id may begin another.
         rids = [f"{request.rollout_id}~{next(_serial)}~" for request in requests]
         self._running |= {request.rollout_id: rid for request, rid in zip(requests, rids, strict=True)}
-        first_row = min((request.experts_from for request in requests if request.experts_from is not None), default=None)
-        streams = [_Stream(request, self._vocab_size, self._routing, first_row) for request in requests]
+        streams = [_Stream(request, self._vocab_size, self._routing) for request in requests]
         body = {
             "rid": rids,
             "input_ids": [request.tokens for request in requests],
             "sampling_params": [_sampling(request) for request in requests],
             "return_logprob": True,
+            "return_routed_experts": any(request.report_experts for request in requests),  # one answer for all of a call
             "stream": True,
         }
-        if first_row is not None:
-            body |= {"return_routed_experts": True, "routed_experts_start_len": first_row}  # one start for all of a call
         try:
             async with aclosing(self._events("/generate", body)) as arriving:
                 async for events in arriving:
@@ -217,12 +215,10 @@ class SglangEngine:
 class _Stream:
     """What one request has been sent so far. `take` raises ValueError, KeyError or TypeError for what cannot be."""
 
-    def __init__(
-        self, request: GenerateRequest, vocab_size: int, routing: RoutingShape | None = None, first_row: int | None = None
-    ) -> None:
+    def __init__(self, request: GenerateRequest, vocab_size: int, routing: RoutingShape | None) -> None:
         self.request = request
         self.ended = False
-        self._vocab_size, self._routing, self._first_row = vocab_size, routing, first_row
+        self._vocab_size, self._routing = vocab_size, routing
         self._versions: list[int] = []
 
     def take(self, event: Mapping[str, Any], aborted: bool) -> Progress | None:
@@ -261,13 +257,12 @@ class _Stream:
         return Progress(self.request.rollout_id, tuple(tokens), logprobs, versions, finish, experts)
 
     def _experts(self, reported: str | None, aborted: bool) -> bytes:
-        wanted_from = self.request.experts_from
-        if wanted_from is None or (reported is None and aborted):  # that one had not been computed at all
+        if not self.request.report_experts or (reported is None and aborted):  # that one had not been computed at all
             return b""
-        if reported is None or self._routing is None or self._first_row is None:
+        if reported is None or self._routing is None:
             raise ValueError(f"{self.request.rollout_id} has ended without its routed experts")
         positions = len(self.request.tokens) + len(self._versions) - 1  # the last token was sampled, not computed
-        return expert_rows(reported, self._routing, self._first_row, wanted_from, positions)
+        return expert_rows(reported, self._routing, positions)
 
     def _check_versions(self, spans: Sequence[Mapping[str, Any]] | None) -> None:
         """The server says each token's version when it ends a request; we noted them message by message. No push lies between."""

@@ -9,14 +9,14 @@ import numpy as np
 from megatron_rl.types import RoutingShape
 
 
-def expert_rows(reported: str, shape: RoutingShape, first: int, wanted_from: int, positions: int) -> bytes:
-    """Rows wanted_from ... positions - 1 of `reported`: base64 of int32 (positions - first, layers, top_k), dense layers included
-    (SGLang, srt/state_capturer/base.py:175). Raises ValueError for what cannot be."""
+def expert_rows(reported: str, shape: RoutingShape, positions: int) -> bytes:
+    """`reported`: base64 of int32 (positions, layers, top_k), dense layers included (SGLang, srt/state_capturer/base.py:175).
+    Raises ValueError for what cannot be."""
     numbers = np.frombuffer(base64.b64decode(reported, validate=True), dtype=np.int32)
-    expected = (positions - first, shape.layers, shape.top_k)
+    expected = (positions, shape.layers, shape.top_k)
     if numbers.size != np.prod(expected):
         raise ValueError(f"{numbers.size} routed experts where (positions, layers, top_k) = {expected} were expected")
-    rows = numbers.reshape(expected)[wanted_from - first :, shape.first_dense :]
+    rows = numbers.reshape(expected)[:, shape.first_dense :]
     if rows.size and not 0 <= rows.min() <= rows.max() < shape.experts:
         raise ValueError(f"routed experts from {rows.min()} to {rows.max()}, of {shape.experts}")
     return rows.astype(f"<u{shape.itemsize}").tobytes()

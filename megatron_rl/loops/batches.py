@@ -3,6 +3,7 @@
 Invariants (tests/unit/test_batches.py):
 - the aggregation weights are fixed before packing, over all replicas: how sequences fall into microbatches never changes the loss;
 - what leaves the update under zero_variance=mask leaves no divisor: the others weigh what they would weigh beside it;
+- experts stay with the position that chose them, whatever is cut from the end of a response (tests/unit/test_batches.py);
 - every replica gets the same number of microbatches, since expert- and pipeline-parallel ranks meet in each of them.
 """
 
@@ -20,7 +21,7 @@ from megatron_rl.algorithms.aggregation import AggregationMethod, token_weights
 from megatron_rl.algorithms.batch import PackedBatch
 from megatron_rl.algorithms.kl import KlEstimator, kl_estimate
 from megatron_rl.scheduler.packing import pack
-from megatron_rl.types import Group
+from megatron_rl.types import Group, RoutingShape
 
 NO_PENALTY: Mapping[str, float] = MappingProxyType({})
 
@@ -33,6 +34,7 @@ class TrainSequence:
     response: tuple[int, ...]
     fields: dict[str, torch.Tensor]  # name -> (len(response),)
     rollout_id: str = ""
+    experts: bytes = b""  # rows of a RoutingShape, of the first so many positions
 
     def __len__(self) -> int:
         return len(self.prompt) + len(self.response)
@@ -78,10 +80,12 @@ def rl_sequences(
     train_token_budget: int | None = None,
     loss_constant: int | None = None,
     zero_variance: str = "keep",
+    recorded: RoutingShape | None = None,
 ) -> list[TrainSequence]:
     """Advantages over whole groups first, then the budget's truncation (C3PO, arXiv 2506.14731, section 3.2). `version` is that of
     the weights under training. With zero_variance="mask", groups that teach nothing count in every divisor and have no sequence:
-    neither policy gradient nor KL nor entropy, and no forward pass."""
+    neither policy gradient nor KL nor entropy, and no forward pass. With `recorded`, tokens whose log-prob comes from a position
+    without recorded experts weigh nothing."""
     rollouts = [(rollout, index) for index, group in enumerate(groups) for rollout in group.rollouts]
     if not rollouts:
         return []
@@ -99,7 +103,10 @@ def rl_sequences(
             "age": torch.tensor([float(version - v) for v in rollout.versions[:kept]]),
             "weight": torch.full((kept,), weight),
         }
-        sequences.append(TrainSequence(rollout.prompt.tokens, rollout.tokens[:kept], fields, rollout.id))
+        prompt = rollout.prompt.tokens
+        if recorded:
+            fields["weight"][max(0, len(rollout.experts) // recorded.row_bytes + 1 - len(prompt)) :] = 0.0
+        sequences.append(TrainSequence(prompt, rollout.tokens[:kept], fields, rollout.id, rollout.experts))
     return sequences
 
 
@@ -143,15 +150,38 @@ def places(sequences: Sequence[TrainSequence], *, capacity: int, replicas: int, 
 
 
 def microbatches(
-    sequences: Sequence[TrainSequence], *, capacity: int, replicas: int, replica: int, device: torch.device
+    sequences: Sequence[TrainSequence],
+    *,
+    capacity: int,
+    replicas: int,
+    replica: int,
+    device: torch.device,
+    routing: RoutingShape | None = None,
 ) -> list[PackedBatch]:
-    """This replica's share, as `places` says."""
+    """This replica's share, as `places` says; with `routing`, and the sequences' experts in that form."""
     filler = TrainSequence((0,), (0,), {name: torch.zeros(1) for name in sequences[0].fields})
     batches = []
     for indices in places(sequences, capacity=capacity, replicas=replicas, replica=replica):
         members = [sequences[i] for i in indices]
-        batches.append(_packed(members, mask=1.0, device=device) if members else _packed([filler], mask=0.0, device=device))
+        batch = _packed(members, mask=1.0, device=device) if members else _packed([filler], mask=0.0, device=device)
+        if routing:
+            batch = replace(batch, experts_TLK=_experts(members or [filler], routing).to(device))
+        batches.append(batch)
     return batches
+
+
+def _experts(members: Sequence[TrainSequence], routing: RoutingShape) -> torch.Tensor:
+    experts_TLK = torch.full((sum(map(len, members)), routing.moe_layers, routing.top_k), -1, dtype=torch.int16)
+    start = 0
+    for member in members:
+        rows = len(member.experts) // routing.row_bytes
+        if rows:
+            dtype = torch.uint8 if routing.itemsize == 1 else torch.int16
+            numbers = torch.frombuffer(bytearray(member.experts), dtype=dtype).view(rows, routing.moe_layers, routing.top_k)
+            kept = min(rows, len(member))
+            experts_TLK[start : start + kept] = numbers[:kept]
+        start += len(member)
+    return experts_TLK
 
 
 def _packed(members: Sequence[TrainSequence], mask: float, device: torch.device) -> PackedBatch:

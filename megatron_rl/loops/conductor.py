@@ -23,7 +23,7 @@ from megatron_rl.loops.pool import Began, Cut, Entry, Overflow, Pool, Scored, St
 from megatron_rl.loops.signals import StopFlag
 from megatron_rl.ports import Engine, Engines, Prompts, Rewards
 from megatron_rl.scheduler import c3po_pp as sched
-from megatron_rl.types import EngineLost, GenerateRequest, Group, RoutingShape, SamplingParams
+from megatron_rl.types import EngineLost, GenerateRequest, Group, SamplingParams
 
 log = logging.getLogger(__name__)
 ABORT_REPEAT_S = 0.5  # a request that was on its way while we aborted is caught by the next abort
@@ -53,9 +53,9 @@ class Conductor:
         runner: asyncio.Runner,
         timeout_s: float,
         is_useful: Callable[[Group], bool],
-        record_experts: Callable[[int], RoutingShape | None] = lambda version: None,
+        record_experts: Callable[[int], bool] = lambda version: False,
     ) -> None:
-        """`record_experts`: the form in which a phase keeps the engines' routed experts; None: it does not."""
+        """`record_experts`: whether the phase of these weights keeps the engines' routed experts."""
         self.pool = Pool(settings, sampling, prompts, is_useful)
         self.record_experts = record_experts
         self.engines, self.rewards, self.journal = engines, rewards, journal
@@ -148,7 +148,7 @@ class _PhaseWork:
         self.entries: asyncio.Queue[Entry | BaseException | None] = asyncio.Queue()
         self.tasks: set[asyncio.Task[None]] = set()
         self.lost: set[str] = set()
-        self.routing: RoutingShape | None = None
+        self.records_experts = False
         self._idle_s = self._seconds = 0.0  # of engines, and of the phase
 
     async def run(self, version: int) -> Literal["done", "no_engine", "stopped"]:
@@ -156,7 +156,7 @@ class _PhaseWork:
             self._tell(Stopped())  # of a phase that ran out of engines; nothing else is running yet
             return "stopped"
         self.dispatch.forget_prefixes()
-        self.routing = self.c.record_experts(version)
+        self.records_experts = self.c.record_experts(version)
         for part_id in self.pool.unscored:  # of a journal that ended before their scores
             self._spawn(self._score(part_id))
         if self.pool.state.phase == "idle":  # else that phase goes on
@@ -224,8 +224,7 @@ class _PhaseWork:
     def _request(self, rollout_id: str) -> GenerateRequest:
         growing, sampling = self.pool.rollouts[rollout_id], self.pool.sampling
         room = sampling.max_response_tokens - len(growing.tokens)
-        experts_from = len(growing.experts) // self.routing.row_bytes if self.routing else None
-        return GenerateRequest(rollout_id, growing.prompt.tokens + tuple(growing.tokens), room, sampling, experts_from)
+        return GenerateRequest(rollout_id, growing.prompt.tokens + tuple(growing.tokens), room, sampling, self.records_experts)
 
     async def _stream(self, engine: Engine, requests: list[GenerateRequest]) -> None:
         unfinished = {request.rollout_id for request in requests}

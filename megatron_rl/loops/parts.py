@@ -10,7 +10,7 @@ import torch
 from megatron_rl.loops.conductor import Conductor
 from megatron_rl.loops.evaluate import Evaluator
 from megatron_rl.ports import Engines, Policy, Ranks, Store, TokenLoss, Tracker, WeightSync
-from megatron_rl.types import EngineLost
+from megatron_rl.types import EngineLost, RoutingShape
 
 log = logging.getLogger(__name__)
 
@@ -26,6 +26,7 @@ class RlParts:
     store: Store
     tracker: Tracker
     device: torch.device
+    routing: RoutingShape | None = None  # of a model with experts
     conductor: Conductor | None = None
     engines: Engines | None = None
     evaluator: Evaluator | None = None

@@ -77,7 +77,7 @@ class Growing:
     engine_logprobs: array[float] = field(default_factory=lambda: array("d"))
     versions: array[int] = field(default_factory=lambda: array("i"))
     finish_reason: FinishReason | None = None
-    experts: bytearray = field(default_factory=bytearray)
+    experts: bytes = b""
 
     def extend(self, progress: Progress) -> None:
         if not len(progress.tokens) == len(progress.engine_logprobs) == len(progress.versions):
@@ -85,17 +85,17 @@ class Growing:
         self.tokens.extend(progress.tokens)
         self.engine_logprobs.extend(progress.engine_logprobs)
         self.versions.extend(progress.versions)
-        self.experts += progress.experts
+        self.experts = progress.experts or self.experts
         self.finish_reason = progress.finish_reason
 
     def rollout(self, name: str) -> Rollout:
         values = (tuple(self.tokens), tuple(self.engine_logprobs), tuple(self.versions))
-        return Rollout(name, self.prompt, self.sample, *values, self.finish_reason, bytes(self.experts))
+        return Rollout(name, self.prompt, self.sample, *values, self.finish_reason, self.experts)
 
     @classmethod
     def of(cls, rollout: Rollout) -> Growing:
         values = (array("i", rollout.tokens), array("d", rollout.engine_logprobs), array("i", rollout.versions))
-        return cls(rollout.prompt, rollout.sample, *values, rollout.finish_reason, bytearray(rollout.experts))
+        return cls(rollout.prompt, rollout.sample, *values, rollout.finish_reason, rollout.experts)
 
 
 class Pool:

@@ -84,6 +84,7 @@ def roll_out(config: RlRun, parts: RlParts, step: int) -> Phase:
 def update(config: RlRun, parts: RlParts, groups: Sequence[Group], version: int) -> dict[str, float]:
     """*Collective*: `updates_per_step` optimizer steps on one phase's groups, against the same old log-probs."""
     algorithm, policy, ranks = config.algorithm, parts.policy, parts.ranks
+    routing = parts.routing if algorithm.routing.needs_engines_experts(version) else None
     sequences = batches.rl_sequences(
         groups,
         version,
@@ -92,13 +93,14 @@ def update(config: RlRun, parts: RlParts, groups: Sequence[Group], version: int)
         train_token_budget=algorithm.train_token_budget,
         loss_constant=algorithm.loss_constant or config.rollout.max_response_tokens,
         zero_variance=algorithm.zero_variance,
+        recorded=routing if algorithm.routing.unrecorded == "mask" else None,
     )
     if not sequences:
         return {"policy/updates": 0.0}
     hand_device_to_policy(parts)
     temperature = config.rollout.temperature or 1.0  # a greedy engine reports log-probs at temperature 1
     split = {"capacity": config.parallel.microbatch_tokens, "replicas": ranks.dp_size, "replica": ranks.dp_rank}
-    share = batches.microbatches(sequences, **split, device=parts.device)
+    share = batches.microbatches(sequences, **split, device=parts.device, routing=routing)
     if algorithm.old_logprobs == "recompute":
         add_field(share, "old_logprobs", policy.logprobs(share, temperature))
     if algorithm.kl_weight:

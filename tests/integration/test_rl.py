@@ -31,7 +31,7 @@ def rl(run_dir: Path, data: Path, *overrides: str) -> list[str]:
         *(f"data.tokenizer={data}/tokenizer.model", f"data.train={data}/train.jsonl", f"data.eval={data}/eval.jsonl"),
         *("model.init_from=null", "engine.count=1", "rollout.token_budget=600", "rollout.pool_capacity=24", "rollout.group_size=4"),
         *("rollout.max_response_tokens=48", "algorithm.zero_variance=keep", "algorithm.entropy_weight=0.1", "optimizer.lr=1e-3"),
-        *("checkpoint.every=2", "checkpoint.keep=1", "eval.samples=1", "eval.forced_prefix=false"),
+        *("algorithm.routing.kind=r3", "checkpoint.every=2", "checkpoint.keep=1", "eval.samples=1", "eval.forced_prefix=false"),
         *overrides,
     ]
 
@@ -88,6 +88,12 @@ def test_engine_and_policy_agree_after_every_push(run_dir: Path) -> None:
     # Random weights earn no reward: the entropy term alone moves them, in every step.
     assert all(row["policy/grad_norm"] > 0 for row in metrics)
     assert any(row["mismatch/stale_gap_max"] > 1e-3 for row in metrics)
+
+
+def test_routers_are_compared_with_the_engines_in_every_step(run_dir: Path) -> None:
+    agreement = [row["routing/agreement"] for row in rows(run_dir / "metrics.jsonl")]
+    assert agreement[0] == 1.0, "nothing was carried over yet"
+    assert all(0.5 < share <= 1.0 for share in agreement)
 
 
 def test_tokens_carry_the_version_that_sampled_them(run_dir: Path) -> None:

@@ -31,12 +31,12 @@ class ScriptedEngine:
         self.served: list[str] = []
         self._aborted: set[str] = set()
         self._running: set[str] = set()
-        self._experts_from: dict[str, int] = {}
+        self._reporting: set[str] = set()
 
     async def generate(self, requests: Sequence[GenerateRequest]) -> AsyncIterator[Sequence[Progress]]:
         at = {r.rollout_id: len(r.tokens) - self.prompt_tokens for r in requests}
         room = {r.rollout_id: r.max_new_tokens for r in requests}
-        self._experts_from |= {r.rollout_id: r.experts_from for r in requests if r.experts_from is not None}
+        self._reporting |= {r.rollout_id for r in requests if r.report_experts}
         self._running |= set(at)
         self.served += list(at)
         while at:
@@ -71,9 +71,10 @@ class ScriptedEngine:
         return Progress(rollout_id, tuple(p % 50 for p in positions), logprobs, (self.version,) * count, reason, experts)
 
     def _experts(self, rollout_id: str, end: int) -> bytes:
-        if (first := self._experts_from.pop(rollout_id, None)) is None:
+        if rollout_id not in self._reporting:
             return b""
-        return b"".join(bytes((p % 256, self.version)) for p in range(first, self.prompt_tokens + end - 1))
+        self._reporting.discard(rollout_id)
+        return b"".join(bytes((p % 256, self.version)) for p in range(self.prompt_tokens + end - 1))
 
     def _finish(self, rollout_id: str, at: dict[str, int]) -> None:
         del at[rollout_id]

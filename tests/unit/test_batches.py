@@ -18,7 +18,7 @@ from megatron_rl.loops.batches import (
     sft_sequences,
     usable_groups,
 )
-from megatron_rl.types import Group, Prompt, Rollout, Score
+from megatron_rl.types import Group, Prompt, Rollout, RoutingShape, Score
 
 CPU = torch.device("cpu")
 
@@ -119,6 +119,54 @@ def test_kl_in_the_reward(replicas: int) -> None:
             for index, (begin, end) in zip(indices, pairwise(batch.cu_seqlens.tolist()), strict=False):
                 expected = advantages[sequences[index].rollout_id]
                 assert batch.fields["advantages"][begin:end].tolist() == pytest.approx([expected] * (end - begin))
+
+
+def with_experts(original: Group, shape: RoutingShape, rows: list[int]) -> Group:
+    """Of so many positions of each member: the numbers count on from 0 through a sequence."""
+    numbers = [range(n * shape.row_bytes // shape.itemsize) for n in rows]
+    experts = [b"".join((number % shape.experts).to_bytes(shape.itemsize, "little") for number in each) for each in numbers]
+    return replace(original, rollouts=tuple(replace(r, experts=e) for r, e in zip(original.rollouts, experts, strict=True)))
+
+
+@pytest.mark.parametrize("experts", [200, 300])
+def test_experts_stay_with_the_position_that_chose_them(experts: int) -> None:
+    shape = RoutingShape(layers=3, first_dense=1, top_k=2, experts=experts)
+    recorded = with_experts(group("g", [1, 0], [3, 2]), shape, rows=[4, 0])  # prompts of 2: the last token chose nothing
+    sequences = rl_sequences([recorded], 0, advantage="grpo", aggregation="token_budget", train_token_budget=4)
+    (batch,) = microbatches(sequences, capacity=64, replicas=1, replica=0, device=CPU, routing=shape)
+    assert batch.experts_TLK is not None and batch.experts_TLK.shape == (len(batch.tokens_T), 2, 2)
+    of_first = batch.segment_ids_T == int(len(sequences[0]) != batch.cu_seqlens[1])
+    assert batch.experts_TLK[of_first][:4].flatten().tolist() == list(range(16))
+    assert (batch.experts_TLK[of_first][4:] == -1).all() and (batch.experts_TLK[~of_first] == -1).all()
+
+
+def test_experts_of_tokens_that_the_budget_cut_are_cut() -> None:
+    shape = RoutingShape(layers=1, first_dense=0, top_k=1, experts=200)
+    sequences = rl_sequences(
+        [with_experts(group("g", [1, 0], [3, 9]), shape, rows=[4, 10])],
+        0,
+        advantage="grpo",
+        aggregation="token_budget",
+        train_token_budget=5,
+    )
+    assert [len(sequence.response) for sequence in sequences] == [3, 2]
+    for sequence in sequences:
+        (batch,) = microbatches([sequence], capacity=64, replicas=1, replica=0, device=CPU, routing=shape)
+        assert batch.experts_TLK is not None
+        assert batch.experts_TLK.flatten().tolist() == list(range(4)) + ([-1] if len(sequence.response) == 3 else [])
+
+
+def test_tokens_that_no_recorded_position_predicts_weigh_nothing_if_so_wanted() -> None:
+    shape = RoutingShape(layers=1, first_dense=0, top_k=1, experts=200)
+    recorded = with_experts(group("g", [1, 0, 0], [3, 3, 3]), shape, rows=[4, 2, 0])
+    weights = [
+        [
+            sequence.fields["weight"].bool().tolist()
+            for sequence in rl_sequences([recorded], 0, advantage="grpo", aggregation="token", recorded=r)
+        ]
+        for r in (None, shape)
+    ]
+    assert weights == [[[True] * 3] * 3, [[True] * 3, [True, False, False], [False] * 3]]
 
 
 def test_a_token_budget_cuts_after_the_advantages() -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fakes import ROUTING, CountedPrompts, ParityRewards, ScriptedEngine, ScriptedEngines, length_of
+from fakes import CountedPrompts, ParityRewards, ScriptedEngine, ScriptedEngines, length_of
 
 from megatron_rl.config import UserError
 from megatron_rl.loops.conductor import Conductor, Phase
@@ -41,7 +41,7 @@ def conductor(
         *parts,
         timeout_s=20,
         is_useful=lambda group: len(set(group.rewards)) > 1,
-        record_experts=lambda version: ROUTING,
+        record_experts=lambda version: True,
     )
     if saved is not None:
         c.load_state_dict(saved)
@@ -65,7 +65,7 @@ def check_groups(phase: Phase) -> None:
             assert list(rollout.versions) == sorted(rollout.versions)
             positions, versions = rollout.experts[::2], rollout.experts[1::2]
             assert list(positions) == list(range(2 + n - 1)), "the prompt's, and all but the last token's"
-            assert list(versions) == sorted(versions) and versions[-1] == rollout.versions[-1]
+            assert set(versions) == {rollout.versions[-1]}, "the last engine's, which computed them all"
 
 
 def test_every_prompt_is_handed_out_once_over_many_phases(runner: asyncio.Runner) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from disk_limit import files_at_most
-from fakes import ROUTING, CountedPrompts, ParityRewards, ScriptedEngine, ScriptedEngines
+from fakes import CountedPrompts, ParityRewards, ScriptedEngine, ScriptedEngines
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -36,7 +36,7 @@ def conductor(runner: asyncio.Runner, folder: Path, settings: Settings = SETTING
     engine = ScriptedEngine("a", prompt_tokens=2)
     parts = (ScriptedEngines([engine]), ParityRewards(), CountedPrompts(), Journal(folder, {}), StopFlag(), runner)
     sampling = SamplingParams(max_response_tokens=64)
-    record = {"is_useful": lambda group: True, "record_experts": lambda version: ROUTING}
+    record = {"is_useful": lambda group: True, "record_experts": lambda version: True}
     return Conductor(settings, sampling, *parts, timeout_s=20, **record), engine  # type: ignore[arg-type]
 
 
