@@ -74,13 +74,12 @@ class Sides:
 
 
 def two_sided_histogram(title: str, shown: Sequence[Sides], note: str = "") -> str:
-    """A figure: sizes grow to both sides of the middle, by decades; heights are shares of all that one of `shown` counts."""
+    """A figure: sizes grow by decades to both sides of the middle, where the smallest lie; heights are shares of all that one of `shown` counts."""
     shown = [s for s in shown if s.below.total + s.above.total > 0]
     if not shown:
         return ""
     filled = [kept for s in shown for h in (s.below, s.above) if (kept := h.trimmed()).counts]
-    low = math.floor(min(h.start for h in filled))
-    high = max(math.ceil(max(h.edge(len(h)) for h in filled)), low + 1)
+    low, high = min(h.start for h in filled), max(h.edge(len(h)) for h in filled)
     x = _Axis(low - high, high - low, LEFT, WIDTH - RIGHT)
     outlines = [[_outline(h, low, sign, s.below.total + s.above.total) for sign, h in ((-1, s.below), (1, s.above))] for s in shown]
     ticks = linear_ticks(0.0, max(height for sides in outlines for side in sides for _, height in side))
@@ -108,20 +107,17 @@ def _outline(histogram: Histogram, low: float, sign: int, total: float) -> list[
         corners += [(kept.edge(number + end), count / total) for end in (0, 1)]
     if corners:
         corners = [(corners[0][0], 0.0), *corners, (corners[-1][0], 0.0)]
-    return [(sign * max(edge - low, 0.0), height) for edge, height in corners]
+    return [(sign * (edge - low), height) for edge, height in corners]
 
 
-def _decades(x: _Axis, low: int, high: int) -> list[str]:
-    step = -(-(high - low) // 3)
-    marks = [
-        (sign * (decade - low), f"{'−' if sign < 0 else ''}{_tick_text(10.0**decade, '')}")
-        for sign in (-1, 1)
-        for decade in range(low + step, high + 1, step)
-    ]
-    marks.append((0, f"±{_tick_text(10.0**low, '')}"))
+def _decades(x: _Axis, low: float, high: float) -> list[str]:
+    first, last = math.floor(low) + 1, math.floor(high)
+    step = max(-(-(last - first) // 3), 1)
+    marks = [(sign * (decade - low), sign, decade) for sign in (-1, 1) for decade in range(last, first - 1, -step)]
+    texts = [(0.0, "0"), *((place, f"{'−' if sign < 0 else ''}{_tick_text(10.0**decade, '')}") for place, sign, decade in marks)]
     return [
         f'<text class="tick" x="{x(place):.1f}" y="{HEIGHT - 7}" text-anchor="middle">{escape(text)}</text>'
-        for place, text in marks
+        for place, text in texts
     ]
 
 
