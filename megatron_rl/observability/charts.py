@@ -74,7 +74,7 @@ class Sides:
 
 
 def two_sided_histogram(title: str, shown: Sequence[Sides], note: str = "") -> str:
-    """A figure: sizes grow by decades to both sides of the middle, where the smallest lie; heights are shares of all that one of `shown` counts."""
+    """A figure: sizes grow by decades to both sides of the middle; heights are shares of all that one of `shown` counts."""
     shown = [s for s in shown if s.below.total + s.above.total > 0]
     if not shown:
         return ""
