@@ -31,8 +31,8 @@ EXAMPLES = """examples:
   several dumps together, against weights from elsewhere:
     python tools/compare_logprobs.py runs/NAME/rollouts/step_*.jsonl --checkpoint Ling-mini-2.0 --microbatch-tokens 4096
 
-Log-probs are computed here, in one process, with the policy that trains; on a GPU where there is one. A token's age counts the
-versions between the weights that sampled it and the checkpoint's. Exit codes: 0 compared, 1 a file or checkpoint is wrong, 2 the
+Log-probs are computed here, in one process, with the policy that trains and its own routing; on a GPU where there is one. A token's
+age counts the versions between the weights that sampled it and the checkpoint's. Exit codes: 0 compared, 1 a file or checkpoint is wrong, 2 the
 command line is."""
 
 NUMBERS = (  # metric, what it is called

@@ -43,8 +43,8 @@ def mismatch_alarms(prob_gap_mean: float | None, masked_fraction: float | None) 
             "mismatch/prob_gap_mean",
             prob_gap_mean,
             "trainer and engine are drifting apart, which has ended runs. The same precision on both sides (model.dtype and "
-            "engine.dtype), a lower optimizer.lr and younger tokens (rollout.retention_bound) bring them together; report.html "
-            "shows which tokens differ",
+            "engine.dtype), routing replay (algorithm.routing.kind=r3), a lower optimizer.lr and younger tokens "
+            "(rollout.retention_bound) bring them together; report.html shows which tokens differ",
         ),
         (
             "mismatch/masked_fraction",
