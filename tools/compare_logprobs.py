@@ -32,8 +32,8 @@ EXAMPLES = """examples:
     python tools/compare_logprobs.py runs/NAME/rollouts/step_*.jsonl --checkpoint Ling-mini-2.0 --microbatch-tokens 4096
 
 Log-probs are computed here, in one process, with the policy that trains and its own routing; on a GPU where there is one. A token's
-age counts the versions between the weights that sampled it and the checkpoint's. Exit codes: 0 compared, 1 a file or checkpoint is wrong, 2 the
-command line is."""
+age counts the versions between the weights that sampled it and the checkpoint's. Exit codes: 0 compared, 1 a file or checkpoint is
+wrong, 2 the command line is."""
 
 NUMBERS = (  # metric, what it is called
     ("mismatch/gap_mean", "|gap|, mean"),
