@@ -21,21 +21,40 @@ Weights = Mapping[str, torch.Tensor]
 def reference_experts(weights: Weights, config: Mapping[str, Any], tokens: Sequence[int]) -> torch.Tensor:
     """(positions, MoE layers, top-k): what each position's routers choose, in ascending order."""
     chosen: list[torch.Tensor] = []
-    reference_logits(weights, config, tokens, chosen)
+    with torch.no_grad():
+        _logits(weights, config, tokens, chosen=chosen)
     return torch.stack(chosen, 1).sort(-1).values
 
 
 @torch.no_grad()
-def reference_logits(
-    weights: Weights, config: Mapping[str, Any], tokens: Sequence[int], chosen: list[torch.Tensor] | None = None
+def reference_logits(weights: Weights, config: Mapping[str, Any], tokens: Sequence[int]) -> torch.Tensor:
+    return _logits(weights, config, tokens)
+
+
+def logits_by_experts(
+    weights: Weights, config: Mapping[str, Any], tokens: Sequence[int], experts_TLK: torch.Tensor
 ) -> torch.Tensor:
-    """`chosen` receives chosen_TK of each MoE layer."""
+    """With gradients, and these experts in place of the routers' choices; -1: the router's own."""
+    return _logits(weights, config, tokens, fixed_TLK=experts_TLK)
+
+
+def _logits(
+    weights: Weights,
+    config: Mapping[str, Any],
+    tokens: Sequence[int],
+    chosen: list[torch.Tensor] | None = None,
+    fixed_TLK: torch.Tensor | None = None,
+) -> torch.Tensor:
     x = weights["model.word_embeddings.weight"][torch.tensor(tokens)]
     for i in range(config["num_hidden_layers"]):
         layer = {name.removeprefix(f"model.layers.{i}."): w for name, w in weights.items() if name.startswith(f"model.layers.{i}.")}
         x = x + _attention(layer, config, _norm(x, layer["input_layernorm.weight"], config))
         h = _norm(x, layer["post_attention_layernorm.weight"], config)
-        x = x + (_mlp(layer, "mlp", h) if i < config["first_k_dense_replace"] else _experts(layer, config, h, chosen))
+        if i < config["first_k_dense_replace"]:
+            x = x + _mlp(layer, "mlp", h)
+        else:
+            fixed_TK = None if fixed_TLK is None else fixed_TLK[:, i - config["first_k_dense_replace"]]
+            x = x + _experts(layer, config, h, chosen, fixed_TK)
     head = weights["lm_head.weight"]
     if config.get("norm_head"):
         head = head / head.norm(dim=0)
@@ -84,12 +103,23 @@ def _head_dim(config: Mapping[str, Any]) -> int:
     return int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
 
 
-def _experts(layer: Weights, config: Mapping[str, Any], h: torch.Tensor, chosen: list[torch.Tensor] | None) -> torch.Tensor:
+def _experts(
+    layer: Weights,
+    config: Mapping[str, Any],
+    h: torch.Tensor,
+    chosen: list[torch.Tensor] | None,
+    fixed_TK: torch.Tensor | None,
+) -> torch.Tensor:
     logits_TE = linear(h, layer["mlp.gate.weight"])
     if config.get("score_function") == "sigmoid":
-        gates_TK, chosen_TK = _grouped(layer, config, logits_TE.sigmoid())
+        scores_TE = logits_TE.sigmoid()
+        chosen_TK = _grouped(layer, config, scores_TE)
     else:
-        gates_TK, chosen_TK = logits_TE.softmax(-1).topk(config["num_experts_per_tok"], -1)
+        scores_TE = logits_TE.softmax(-1)
+        chosen_TK = scores_TE.topk(config["num_experts_per_tok"], -1).indices
+    if fixed_TK is not None:
+        chosen_TK = torch.where(fixed_TK >= 0, fixed_TK, chosen_TK)
+    gates_TK = scores_TE.gather(1, chosen_TK)
     if chosen is not None:
         chosen.append(chosen_TK)
     gates_TK = gates_TK / gates_TK.sum(-1, keepdim=True) * config.get("routed_scaling_factor", 1.0)
@@ -100,11 +130,10 @@ def _experts(layer: Weights, config: Mapping[str, Any], h: torch.Tensor, chosen:
     return out
 
 
-def _grouped(layer: Weights, config: Mapping[str, Any], scores_TE: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _grouped(layer: Weights, config: Mapping[str, Any], scores_TE: torch.Tensor) -> torch.Tensor:
     biased_TE = scores_TE + layer["mlp.gate.expert_bias"]
     grouped_TGE = biased_TE.view(len(scores_TE), config["n_group"], -1)
     best_TG = grouped_TGE.topk(2, -1).values.sum(-1).topk(config["topk_group"], -1).indices
     allowed_TG = torch.zeros(grouped_TGE.shape[:2], dtype=torch.bool).scatter(1, best_TG, True)
     allowed_TE = allowed_TG[..., None].expand_as(grouped_TGE).flatten(1)
-    chosen_TK = biased_TE.masked_fill(~allowed_TE, float("-inf")).topk(config["num_experts_per_tok"], -1).indices
-    return scores_TE.gather(1, chosen_TK), chosen_TK
+    return biased_TE.masked_fill(~allowed_TE, float("-inf")).topk(config["num_experts_per_tok"], -1).indices
