@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from ranks import SUPPORT, run_ranks
 
 SP = {"sequence_parallel": True}
@@ -43,6 +44,7 @@ LAYOUTS: dict[int, dict[str, dict[str, dict[str, Any]]]] = {
     2: {"ling": LING[2]} | OTHERS,
     4: {"ling": LING[4]},
 }
+
 pytestmark = pytest.mark.dist
 
 
@@ -59,6 +61,14 @@ def result(results: Path, layout: str, rank: int, model: str = "ling") -> dict[s
     return json.loads((results / f"{model}.{layout}.{rank}.json").read_text())
 
 
+def assert_close(name: str, actual: Any, expected: Any) -> None:
+    """A number or a table; most are sums over some hundred tokens."""
+    atol = 1e-6 if name.startswith("loss/") else 0.0 if name == "policy/grad_norm" else 1e-5
+    tensors = (torch.tensor(value, dtype=torch.float64) for value in (actual, expected))
+    rtol = 0.0 if name.startswith("loss/") else 1e-5
+    torch.testing.assert_close(*tensors, rtol=rtol, atol=atol, msg=lambda text: f"{name}: {text}")
+
+
 RUNS = [(world, model, name) for world, models in LAYOUTS.items() for model, layouts in models.items() for name in layouts]
 
 
@@ -72,19 +82,22 @@ def test_losses_norms_and_logprobs_are_those_of_one_process(results: Path, world
             assert step["policy/skipped"] == 0.0
             assert step.keys() == expected.keys()
             for name, value in expected.items():
-                assert step[name] == pytest.approx(value, rel=1e-5, abs=1e-6 if name != "policy/grad_norm" else 0), name
+                assert_close(name, step[name], value)
         for number, logprobs in there["logprobs"].items():
-            for whose in ("old", "reference"):
-                assert logprobs[whose] == pytest.approx(one["logprobs"][number][whose], abs=5e-5)
+            # Adam makes a step of the learning rate out of a gradient that is nothing but rounding: trained weights drift apart.
+            for whose, limit in (("reference", 5e-6), ("old", 5e-6 if number.startswith("0.") else 2e-4)):
+                assert logprobs[whose] == pytest.approx(one["logprobs"][number][whose], abs=limit)
         seen |= there["logprobs"].keys()
     assert seen == one["logprobs"].keys()
 
 
 def test_every_loss_masks_clips_and_keeps(results: Path) -> None:
     """So that equal sums say something."""
-    for step in result(results, "one", 0)["steps"]:
-        for name in ("policy/clipped", "mismatch/masked_low", "mismatch/masked_high", "policy/off_policy_masked"):
-            assert 0 < step.get(name, 1.0) < step["tokens"] / 2, name
+    steps = result(results, "one", 0)["steps"]
+    assert 0 < steps[1]["policy/off_policy_masked"] < steps[1]["tokens"] / 2
+    for step in steps:
+        for name in ("policy/clipped", "mismatch/masked_low", "mismatch/masked_high"):
+            assert 0 < step[name] < step["tokens"] / 2, name
         assert min(abs(step[f"loss/{term}"]) for term in ("policy", "kl", "entropy")) > 1e-4
 
 
