@@ -1,4 +1,4 @@
-"""Qwen3-MoE in a bf16 engine: with its experts replayed an fp32 policy routes every token as the engine did, and is nearer to it."""
+"""Qwen3-MoE in a bf16 engine: with its experts replayed an fp32 policy routes all tokens as the engine did, and is nearer to it."""
 
 from __future__ import annotations
 
