@@ -4,7 +4,7 @@
     mismatch_metrics(totals), mismatch_histograms(totals)       # once a step, of all of them together
 
 The gap of a token is old_logprobs - engine_logprobs = log k. Percentiles and groups cannot be added up, counts in fixed bins can:
-sizes fall into bins of an eighth of a decade (`GAP_BINS`), entropies into such of a twelfth, jointly, and percentiles and the
+sizes fall into bins of an eighth of a decade (`GAP_BINS`), entropies into such of a thirty-second, jointly, and percentiles and the
 quantile groups of the entropy are read off the counts of the whole step.
 
 Invariants (tests/unit/test_algorithms_mismatch.py):
@@ -61,7 +61,7 @@ class Bins:
 
 GAP_BINS = Bins(-7, 2, 8)  # nats; below: rounding of float32, told as 0
 PROB_BINS = Bins(-7, 0, 8)
-ENTROPY_BINS = Bins(-4, 2, 12)
+ENTROPY_BINS = Bins(-4, 2, 32)
 TOKENS, MASKED, GAP_SUM, PROB_GAP_SUM = range(4)  # columns of the tables by age and by entropy
 
 
@@ -116,21 +116,22 @@ def mismatch_sums(
     # What is outside the mask goes into a row of its own, which is cut off: selecting would wait for the device.
     age_row_T = torch.where(mask_T, _age_class(age_T), len(AGES))
     entropy_row_T = torch.where(mask_T, ENTROPY_BINS.index(entropy_T.nan_to_num(nan=torch.inf)), ENTROPY_BINS.count)
-    side_bin_T = GAP_BINS.index(gap_T) + GAP_BINS.count * (log_k_T < 0)
-    ones_T, gap_bins = counted_T.double(), 2 * GAP_BINS.count
+    gap_bin_T, ones_T = GAP_BINS.index(gap_T), counted_T.double()
+    side_T = (log_k_T < 0).long()
     columns_TK = torch.stack([mask_T, masked_T, gap_T, prob_gap_T], dim=1).double()
 
     def table(rows_T: torch.Tensor, rows: int) -> torch.Tensor:
         return columns_TK.new_zeros(rows + 1, columns_TK.size(1)).index_add_(0, rows_T, columns_TK)[:-1]
 
-    def counts(rows_T: torch.Tensor, rows: int) -> torch.Tensor:
-        flat = ones_T.new_zeros((rows + 1) * gap_bins).index_add_(0, rows_T * gap_bins + side_bin_T, ones_T)
-        return flat.view(rows + 1, 2, GAP_BINS.count)[:-1]
+    def gap_counts(rows_T: torch.Tensor, rows: int) -> torch.Tensor:
+        flat = ones_T.new_zeros((rows + 1) * GAP_BINS.count).index_add_(0, rows_T * GAP_BINS.count + gap_bin_T, ones_T)
+        return flat.view(rows + 1, GAP_BINS.count)[:-1]
 
     tables = {
         "mismatch/prob_gaps": ones_T.new_zeros(PROB_BINS.count).index_add_(0, PROB_BINS.index(prob_gap_T), ones_T),
-        "mismatch/gaps_by_age": counts(age_row_T, len(AGES)),
-        "mismatch/gaps_by_entropy": counts(entropy_row_T, ENTROPY_BINS.count),
+        "mismatch/gaps_by_side": gap_counts(torch.where(mask_T, side_T, 2), 2),
+        "mismatch/gaps_by_age": gap_counts(age_row_T, len(AGES)),
+        "mismatch/gaps_by_entropy": gap_counts(entropy_row_T, ENTROPY_BINS.count),
         "mismatch/by_age": table(age_row_T, len(AGES)),
         "mismatch/by_entropy": table(entropy_row_T, ENTROPY_BINS.count),
     }
@@ -152,8 +153,8 @@ def mismatch_metrics(totals: Totals) -> dict[str, float]:
     - `mismatch/kl_engine_train` (k3), `mismatch/kl_engine_train_k1`, `mismatch/ess`;
     - `mismatch/masked_fraction`, and `..._low_fraction`, `..._high_fraction` by the side of 1 on which k lies;
     - `mismatch/by_age/<versions>/share` of tokens, `gap_mean`, `gap_p99`, `prob_gap_mean` and `masked_fraction`: of classes that
-      have tokens; `mismatch/by_entropy/<percent of tokens>/...` likewise, with `entropy_from` instead of the share: a bin on a
-      boundary counts on both sides, in proportion.
+      have tokens; `mismatch/by_entropy/<percent of tokens>/...` likewise, with `entropy_from` instead of the share: a bin of
+      entropies on a boundary counts on both sides, in proportion, and tokens within one bin are not told apart.
     """
     if not _measured(totals):
         return {}
@@ -161,7 +162,6 @@ def mismatch_metrics(totals: Totals) -> dict[str, float]:
         torch.tensor(totals[f"mismatch/{name}"], dtype=torch.float64)
         for name in ("by_age", "by_entropy", "gaps_by_age", "gaps_by_entropy", "prob_gaps")
     )
-    gaps_by_age, gaps_by_entropy = gaps_by_age.sum(1), gaps_by_entropy.sum(1)
     tokens, stale_tokens = float(by_age[:, TOKENS].sum()), float(by_age[1:, TOKENS].sum())
     n = max(float(gaps_by_age.sum()), 1.0)
     fresh_max, stale_max, prob_max = (totals[f"mismatch/{name}_max"] for name in ("logprob_gap", "stale_gap", "prob_gap"))
@@ -204,7 +204,7 @@ def mismatch_histograms(totals: Totals) -> dict[str, Histogram]:
     the gap in probability; none where none was measured."""
     if not _measured(totals):
         return {}
-    above, below = torch.tensor(totals["mismatch/gaps_by_age"], dtype=torch.float64).sum(0).tolist()
+    above, below = totals["mismatch/gaps_by_side"]
     return {
         "mismatch/gap_above": _histogram(above, GAP_BINS),
         "mismatch/gap_below": _histogram(below, GAP_BINS),
