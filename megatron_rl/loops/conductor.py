@@ -84,6 +84,7 @@ class Conductor:
             "rollout/engine_idle_fraction": idle,
             "rollout/from_journal": float(recorded is not None),
         }
+        metrics["rollout/tail_saved_s"] = _tail_s(metrics)
         if recorded is None:
             self.tell(taken)
             self.journal.sync()
@@ -138,6 +139,13 @@ class Conductor:
                 return await work.run(version)
         except TimeoutError:
             raise TimeoutError(f"rollout.timeout_s={self.timeout_s}: phase {version} still waits for {work.waits_for()}") from None
+
+
+def _tail_s(metrics: Mapping[str, float]) -> float:
+    """How much longer a phase that waits for its slowest rollout would have taken, at the pace of this one: about, and at most,
+    since an engine with few rollouts is faster."""
+    per_token_s = metrics["time/rollout_s"] * metrics["rollout/carried"] / max(1.0, metrics["rollout/generated_tokens"])
+    return metrics.get("rollout/tail_tokens", 0.0) * per_token_s
 
 
 class _PhaseWork:

@@ -148,8 +148,8 @@ class Pool:
     def metrics(self) -> dict[str, float]:
         """Of the phase just done, before its groups are taken."""
         growing = [len(each.tokens) for each in self.rollouts.values() if each.finish_reason is None]
-        unended = (*self._given_up, *growing)
-        return sched.metrics(self.state, self.settings) | length_metrics(self.settings, self._ended, unended, self._trained)
+        lengths = length_metrics(self.settings, self._ended, growing, self._given_up, self._trained)
+        return sched.metrics(self.state, self.settings) | lengths
 
     @property
     def running(self) -> list[str]:

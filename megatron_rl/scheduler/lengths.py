@@ -4,14 +4,19 @@ Rollouts that are still growing, or were given up, are longer than what is known
 product-limit estimate (Kaplan and Meier, 1958) is what counts them rightly. The plain mean of what has ended would not: a token
 budget ends the short ones first.
 
-Invariants: without anything unended the estimate is the plain distribution; rollouts that are cut, at whatever lengths, do not make
-it shorter.
+Invariants (tests/unit/test_lengths.py): without anything unended the estimate is the plain distribution; rollouts that are cut, at
+whatever lengths, do not make it shorter; the longest rest of many is no shorter than that of some of them.
 """
 
 from __future__ import annotations
 
+import math
+from bisect import bisect_right
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+
+REST_POINTS = 64  # of the integral over the longest rest
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,12 +45,22 @@ class Survival:
 
     def beyond(self, length: float) -> float:
         """The share of rollouts longer than `length`."""
-        share = 1.0
-        for known, there in zip(self.lengths, self.shares, strict=True):
-            if known > length:
-                break
-            share = there
-        return share
+        at = bisect_right(self.lengths, length)
+        return self.shares[at - 1] if at else 1.0
+
+    def longest_rest(self, grown: Iterable[int]) -> float:
+        """The expected number of tokens that the slowest of these rollouts still needs, each having grown so far: E[max] as the
+        integral of 1 - prod P(rest <= r), up to the longest that ended."""
+        many = {length: n for length, n in Counter(grown).items() if self.beyond(length) > 0}
+        if not many or not self.lengths:
+            return 0.0
+        width = max(0, self.lengths[-1] - min(many)) / REST_POINTS
+        total = 0.0
+        for point in range(REST_POINTS):
+            rest = (point + 0.5) * width
+            ended = [(1 - self.beyond(length + rest) / self.beyond(length), n) for length, n in many.items()]
+            total += width * (1 - math.exp(sum(n * math.log(p) for p, n in ended)) if all(p > 0 for p, _ in ended) else width)
+        return total
 
     @property
     def mean(self) -> float:

@@ -49,13 +49,17 @@ def outlook(settings: Settings, max_prompt_tokens: int, max_response_tokens: int
     return line, warnings
 
 
-def length_metrics(settings: Settings, ended: Sequence[int], unended: Iterable[int], trained: Sequence[int]) -> dict[str, float]:
-    """Of a recent stretch of the run: lengths of rollouts that ended, of those that did not (yet), and of those that were trained.
-    `rollout/length_bias`: by how much trained rollouts are shorter (below 0) than rollouts are."""
+def length_metrics(
+    settings: Settings, ended: Sequence[int], growing: Sequence[int], given_up: Iterable[int], trained: Sequence[int]
+) -> dict[str, float]:
+    """Of a recent stretch of the run: lengths of rollouts that ended, of those that have not yet, of those that were given up, and
+    of those that were trained. `rollout/length_bias`: by how much trained rollouts are shorter (below 0) than rollouts are;
+    `rollout/tail_tokens`: what the slowest of those that go on is expected to need, and a phase that waits would wait for."""
     if not ended or not trained:
         return {}
-    survival = Survival.of(ended, unended)
+    survival = Survival.of(ended, (*growing, *given_up))
     metrics = {"rollout/length_mean": survival.mean, "rollout/length_bias": sum(trained) / len(trained) / survival.mean - 1.0}
+    metrics["rollout/tail_tokens"] = survival.longest_rest(growing)
     if settings.policy == "c3po_pp":
         metrics["rollout/stale_fraction"] = survival.beyond(longest_fresh(settings))
     return metrics

@@ -38,3 +38,17 @@ def test_cuts_do_not_shorten_what_is_seen() -> None:
 def test_nothing_known() -> None:
     survival = Survival.of([], [5, 6])
     assert survival.mean == 0.0 and survival.beyond(3) == 1.0
+
+
+def test_the_longest_rest_is_that_of_the_slowest() -> None:
+    rng = random.Random(3)
+    survival = Survival.of([rng.randint(1, 1000) for _ in range(2000)], [])
+    grown = [0, 100, 100, 500, 900]
+    drawn = [max(rng.uniform(length, 1000) - length for length in grown) for _ in range(4000)]  # given what has grown
+    assert survival.longest_rest(grown) == pytest.approx(sum(drawn) / len(drawn), rel=0.03)
+    assert survival.longest_rest([100, 500]) < survival.longest_rest(grown) < survival.longest_rest([0] * 50) <= 1000
+
+
+def test_what_no_rollout_is_known_to_outgrow_has_no_rest() -> None:
+    assert Survival.of([5, 9], []).longest_rest([9, 30]) == Survival.of([5, 9], []).longest_rest([]) == 0.0
+    assert Survival.of([], [4]).longest_rest([2]) == 0.0

@@ -36,6 +36,7 @@ def test_too_small_a_cache_is_named() -> None:
 def test_the_share_of_stale_rollouts_is_that_beyond_the_bound() -> None:
     settings = replace(SETTINGS, retention_bound=3)
     assert longest_fresh(settings) == 40
-    metrics = length_metrics(settings, ended=[10, 20, 50, 60], unended=[], trained=[10, 20])
-    assert metrics == pytest.approx({"rollout/length_mean": 35, "rollout/length_bias": 15 / 35 - 1, "rollout/stale_fraction": 0.5})
-    assert length_metrics(settings, ended=[], unended=[1], trained=[]) == {}
+    metrics = length_metrics(settings, ended=[10, 20, 50, 60], growing=[], given_up=[], trained=[10, 20])
+    lengths = {"rollout/length_mean": 35, "rollout/length_bias": 15 / 35 - 1, "rollout/tail_tokens": 0}
+    assert metrics == pytest.approx(lengths | {"rollout/stale_fraction": 0.5})
+    assert length_metrics(settings, ended=[], growing=[1], given_up=[], trained=[]) == {}
