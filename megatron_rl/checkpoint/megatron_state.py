@@ -61,6 +61,8 @@ def sharded_state(policy: Trainable, *, loading: bool, rng: bool = True) -> dict
         state["rng"] = ShardedObject("rng", _rng_state(), (dist.get_world_size(),), (dist.get_rank(),), replica_id=0)
     if not loading:
         state |= {"updates": policy.updates, "adam_step": _adam_step(_optimizers(policy))}
+        if scale := _loss_scale(policy):
+            state["loss_scale"] = scale.state_dict()
     return state
 
 
@@ -80,6 +82,8 @@ def apply_state(policy: Trainable, state: dict[str, Any]) -> None:
                     tensor.data.copy_(values[name])
         _set_adam_step(part, state["adam_step"])
     policy.updates = state["updates"]
+    if (scale := _loss_scale(policy)) and "loss_scale" in state:  # what was written in another dtype has none
+        scale.load_state_dict(state["loss_scale"])
     if "rng" in state:
         _set_rng_state(state["rng"])
 
@@ -116,6 +120,11 @@ def _optimizers(policy: Trainable) -> Iterator[Any]:
     for part in getattr(policy.optimizer, "chained_optimizers", [policy.optimizer]):
         if not part.is_stub_optimizer:
             yield part
+
+
+def _loss_scale(policy: Trainable) -> Any:
+    """Of fp16 training, one for all parts; else None."""
+    return next((scale for part in _optimizers(policy) if (scale := getattr(part, "grad_scaler", None))), None)
 
 
 def _plain_state(part: Any, model_shards: dict[str, Any]) -> Iterator[tuple[Any, dict[str, torch.Tensor]]]:

@@ -68,6 +68,8 @@ class AlgorithmConfig(Config):
     kl_estimator: Literal["k1", "k2", "k3", "unbiased"] = "k3"
     kl_in: Literal["loss", "reward"] = "loss"  # reward: summed over the response and subtracted before the advantages
     entropy_weight: NonNegativeFloat = 0.0  # enters the loss as -entropy_weight * H
+    router_z_loss: NonNegativeFloat = 0.0  # times the mean of logsumexp(router logits)^2 over tokens, summed over layers (ST-MoE)
+    load_balance: NonNegativeFloat = 0.0  # times experts * sum_i f_i P_i of a microbatch, by its share of the tokens (Switch)
     aggregation: Literal["token_budget", "token", "sequence", "constant"] = "sequence"
     train_token_budget: PositiveInt | None = None  # C3PO's Phi on the training side, over all replicas; with token_budget
     train_overflow: Literal["carry", "discard"] = "carry"  # finished groups beyond that budget: to the next step, or given up

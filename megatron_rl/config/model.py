@@ -90,7 +90,9 @@ class ModelConfig(Config):
     rms_norm_eps: PositiveFloat = 1e-6
     tie_embeddings: bool = False
     init_std: PositiveFloat = 0.02
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on CUDA, float32 on CPU
+    # auto: bfloat16 on CUDA, float32 on CPU. float16 trains with a dynamic loss scale. RL's engines follow while engine.dtype=auto.
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    fp32_lm_head: bool = False  # the product of the output layer in fp32, here and in the engines (by config.json)
 
     @model_validator(mode="after")
     def _parts(self) -> Self:
@@ -201,3 +203,5 @@ class OptimizerConfig(Config):
     eps: PositiveFloat = 1e-8
     weight_decay: float = Field(default=0.01, ge=0.0)
     grad_clip: float = Field(default=1.0, ge=0.0)  # 0: off
+    loss_scale_initial: float = Field(default=65_536.0, ge=1.0)  # of model.dtype=float16; an overflow skips the update, halves it
+    loss_scale_window: PositiveInt = 100  # updates without an overflow that double it

@@ -1,7 +1,8 @@
 """Where a model of ours departs from what Megatron-Core builds; applied once, to a chunk that has just been built.
 
 Invariants: gradients of every parameter are those of one process, at any layout; the padding of a vocabulary is 0 and stays 0;
-multi-token-prediction layers are part of the weights and of nothing that is computed.
+multi-token-prediction layers are part of the weights and of nothing that is computed; with `fp32_lm_head` logits are products of
+fp32, whatever the model's dtype.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ def apply(chunk: Any, model: ModelConfig) -> None:
         _replicate_down_projections(chunk)
     if model.norm_head and chunk.post_process:
         chunk.output_layer.register_forward_pre_hook(_with_normalised_columns, with_kwargs=True)
+    if model.fp32_lm_head and chunk.post_process:
+        chunk.output_layer.register_forward_pre_hook(_in_fp32, with_kwargs=True)
     if model.num_mtp_layers:
         _set_prediction_aside(chunk)
 
@@ -78,6 +81,13 @@ def _with_normalised_columns(layer: Any, args: Any, kwargs: dict[str, Any]) -> t
         dist.all_reduce(squares_H, group=layer.tp_group)
     weight = layer.weight / squares_H.sqrt().clamp_(min=SMALLEST_NORM).to(layer.weight.dtype)
     return args, kwargs | {"weight": weight}
+
+
+def _in_fp32(layer: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """As SGLang's logits_processor.py:969 does. `weight`: of a tied model the embedding, of `norm_head` the normalised."""
+    hidden, *others = args
+    weight = kwargs["weight"] if kwargs.get("weight") is not None else layer.weight
+    return (hidden.float(), *others), kwargs | {"weight": weight.float()}
 
 
 def _set_prediction_aside(chunk: Any) -> None:

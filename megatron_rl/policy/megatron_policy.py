@@ -24,10 +24,11 @@ from megatron_rl.algorithms.batch import LossOutput, PackedBatch
 from megatron_rl.config.model import ModelConfig, OptimizerConfig, ParallelConfig
 from megatron_rl.policy.logprobs import row_logprobs
 from megatron_rl.policy.model import build_chunks, dtype_of, has_transformer_engine, initialise, weights
-from megatron_rl.policy.optimizer import build_optimizer, update, wrap
+from megatron_rl.policy.optimizer import build_optimizer, loss_scale_of, update, wrap
 from megatron_rl.policy.packed import RankInputs, rank_inputs
 from megatron_rl.policy.ranks import MegatronRanks
 from megatron_rl.policy.replay import ForwardPass, ReplayKind, RoutingReplay
+from megatron_rl.policy.router_terms import RouterTerms
 from megatron_rl.policy.schedule import lr_at
 from megatron_rl.ports import Occupied, TokenLoss
 
@@ -61,6 +62,8 @@ class MegatronPolicy:
         load: Load | None = None,
         with_reference: bool = False,
         replay: ReplayKind = "off",
+        router_z_loss: float = 0.0,
+        load_balance: float = 0.0,
     ) -> None:
         from megatron.core import parallel_state as mpu
         from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -86,9 +89,12 @@ class MegatronPolicy:
         self._replicas = mpu.get_data_parallel_group(with_context_parallel=True)
         self._run_schedule = get_forward_backward_func()
         self._routing: RoutingReplay | None = None
+        self._router_terms: RouterTerms | None = None
         if model.moe:
             layers, dense = model.num_layers, model.moe.first_dense_layers
             self._routing = RoutingReplay(self.chunks, replay, layers - dense, dense, parallel.recompute in ("mlp", "full"))
+            if router_z_loss or load_balance:
+                self._router_terms = RouterTerms(self.chunks, router_z_loss, load_balance, layers - dense)
 
     def weights(self) -> Mapping[str, torch.Tensor]:
         return weights(self.chunks)
@@ -130,8 +136,11 @@ class MegatronPolicy:
         skipped = not math.isfinite(grad_norm)
         self.updates += not skipped
         step = {"policy/grad_norm": grad_norm, "policy/lr": lr, "policy/skipped": float(skipped)}
+        if scale := loss_scale_of(self.optimizer):
+            step["policy/loss_scale"] = scale.scale.item()
         agreement = self._routing.agreement(self.device) if self._routing else {}
-        return self._totals(outputs) | agreement | step
+        router_terms = self._router_terms.metrics(self.device) if self._router_terms else {}
+        return self._totals(outputs) | agreement | router_terms | step
 
     @torch.no_grad()
     def evaluate(self, microbatches: Sequence[PackedBatch], loss: TokenLoss, temperature: float) -> dict[str, Any]:
@@ -167,13 +176,15 @@ class MegatronPolicy:
         prepared = self._prepare(microbatches)
         if self._routing:
             self._routing.start(forward_pass, len(prepared))
+        if self._router_terms and not forward_only:
+            self._router_terms.start([len(batch.inputs.input_ids_R) for batch in prepared], self.device)
 
         def forward(data: Iterator[tuple[int, Prepared]], chunk: torch.nn.Module) -> tuple[torch.Tensor, Callable[..., Any]]:
             number, batch = next(data)
             inputs = batch.inputs
             if self._routing:
                 self._routing.enter(chunk, number, batch.experts_LRK)
-            half = {"fp32_output": False} if self.dtype == torch.bfloat16 else {}  # row_logprobs computes in fp32 row by row
+            half = {"fp32_output": False} if self.dtype != torch.float32 else {}  # row_logprobs computes in fp32 row by row
             output = chunk(
                 input_ids=inputs.input_ids_R[None],
                 position_ids=inputs.segments.positions_R[None],

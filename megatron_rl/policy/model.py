@@ -28,7 +28,8 @@ EMBEDDING, OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
 def dtype_of(model: ModelConfig, device: torch.device) -> torch.dtype:
     if model.dtype == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return torch.bfloat16 if model.dtype == "bfloat16" else torch.float32
+    dtype: torch.dtype = getattr(torch, model.dtype)
+    return dtype
 
 
 def has_transformer_engine(device: torch.device) -> bool:
@@ -63,7 +64,7 @@ def build_chunks(model: ModelConfig, parallel: ParallelConfig, device: torch.dev
                 vp_stage=vp_stage,
             )
         departures.apply(chunk, model)
-        if config.bf16:
+        if config.bf16 or config.fp16:
             chunk = Float16Module(config, chunk)
         for module in chunk.modules():
             if hasattr(module, "_maintain_float32_expert_bias"):
@@ -107,6 +108,7 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, dtype: torc
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
+        fp16=dtype == torch.float16,
         use_cpu_initialization=device.type != "cuda",
         calculate_per_token_loss=True,  # gradients are sums: neither microbatches nor replicas divide them
         persist_layer_norm=te,

@@ -1,6 +1,6 @@
 """Megatron's gradient buffers and optimizer around model chunks, and one step of them.
 
-Invariant: an update with a gradient norm that is not finite changes neither weights nor optimizer state.
+Invariant: an update with a gradient norm that is not finite changes neither weights nor optimizer state (but fp16's loss scale).
 """
 
 from __future__ import annotations
@@ -34,6 +34,9 @@ def wrap(chunks: Sequence[Any], parallel: ParallelConfig) -> list[Any]:
 def build_optimizer(chunks: Sequence[Any], optimizer: OptimizerConfig, parallel: ParallelConfig, dtype: torch.dtype) -> Any:
     from megatron.core.optimizer import OptimizerConfig as MegatronConfig
     from megatron.core.optimizer import get_megatron_optimizer
+    from megatron.core.utils import get_model_config
+
+    from megatron_rl.policy.loss_scale import LossScale
 
     config = MegatronConfig(
         optimizer="adam",
@@ -45,6 +48,7 @@ def build_optimizer(chunks: Sequence[Any], optimizer: OptimizerConfig, parallel:
         adam_eps=optimizer.eps,
         clip_grad=0.0,  # `update` clips
         bf16=dtype == torch.bfloat16,
+        fp16=dtype == torch.float16,
         params_dtype=dtype,
         use_distributed_optimizer=parallel.distributed_optimizer,
     )
@@ -52,7 +56,17 @@ def build_optimizer(chunks: Sequence[Any], optimizer: OptimizerConfig, parallel:
     for group in built.param_groups:
         if "fused" in group:  # torch's AdamW, which Megatron falls back to; on CPU it would go through the parameters seven times
             group["fused"] = True
+    if dtype == torch.float16:
+        scale = LossScale(optimizer.loss_scale_initial, optimizer.loss_scale_window)
+        for part in built.chained_optimizers:
+            part.grad_scaler = scale
+        get_model_config(chunks[0]).grad_scale_func = built.scale_loss  # of the loss (schedules.py:478), and :284 of routers' terms
     return built
+
+
+def loss_scale_of(optimizer: Any) -> Any:
+    """A LossScale in fp16, else None."""
+    return getattr(optimizer.chained_optimizers[0], "grad_scaler", None)
 
 
 @torch.no_grad()
@@ -63,8 +77,10 @@ def update(optimizer: Any, lr: float, grad_clip: float) -> float:
 
     for group in optimizer.param_groups:
         group["lr"] = lr
-    optimizer.prepare_grads()
+    optimizer.prepare_grads()  # unscales them
     grad_norm: float = optimizer.get_grad_norm()
+    if scale := loss_scale_of(optimizer):
+        scale.after(overflow=not math.isfinite(grad_norm))
     if math.isfinite(grad_norm):
         for part in optimizer.chained_optimizers:
             if grad_clip > 0 and (parameters := part.get_parameters()):

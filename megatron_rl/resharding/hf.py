@@ -31,7 +31,8 @@ from megatron_rl.resharding.plan import spans_of
 def hf_config(model: ModelConfig, *, dtype: str, eos_token_id: int, pad_token_id: int) -> dict[str, Any]:
     """What the model's config.json says."""
     tokens = {"eos_token_id": eos_token_id, "pad_token_id": pad_token_id}
-    return family_of(model).to_hf_config(model) | tokens | {"dtype": dtype}
+    numerics = {"dtype": dtype} | ({"enable_lm_head_fp32": True} if model.fp32_lm_head else {})  # SGLang's logits_processor.py:453
+    return family_of(model).to_hf_config(model) | tokens | numerics
 
 
 @torch.no_grad()

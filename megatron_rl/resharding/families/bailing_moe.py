@@ -40,7 +40,14 @@ CONFIG = ConfigTable(
         "norm_head": ("norm_head", False),
         "moe.norm_topk_prob": ("norm_topk_prob", True),
     },
-    same={"use_bias": False, "norm_softmax": False, "use_qk_norm": False, "embedding_dropout": 0.0, "output_dropout": 0.0},
+    same={
+        "use_bias": False,
+        "norm_softmax": False,
+        "use_qk_norm": False,
+        "router_dtype": "fp32",
+        "embedding_dropout": 0.0,
+        "output_dropout": 0.0,
+    },
     implied={"qk_norm": False, "rotary_percent": 1.0, "moe.score_function": "softmax", "moe.expert_bias": False},
 )
 FAMILY = Family(RULES, CONFIG.write, CONFIG.read)
