@@ -160,6 +160,8 @@ def policy_parts(config: RlRun | SftRun, run_dir: Path, stack: ExitStack) -> Pol
         load=start_from(Path(start), config.model, config.parallel, ranks, tokenizer) if start else None,
         with_reference=isinstance(config, RlRun) and config.algorithm.kl_weight > 0,
         replay=config.algorithm.routing.kind if isinstance(config, RlRun) else "off",
+        router_z_loss=config.algorithm.router_z_loss if isinstance(config, RlRun) else 0.0,
+        load_balance=config.algorithm.load_balance if isinstance(config, RlRun) else 0.0,
     )
     resharder = Resharder(config.model, config.parallel, policy.weights, ranks, EXPORT_BUCKET_BYTES)
     facts = hf_config(config.model, dtype=str(policy.dtype).removeprefix("torch."), **special_tokens(tokenizer))
@@ -244,7 +246,8 @@ def rollout_parts(config: RlRun, run_dir: Path, tokenizer: Tokenizer, stop: Stop
     stack.callback(rewards.close)
     runner = stack.enter_context(asyncio.Runner())
     shape = architecture_only(config, run_dir, tokenizer)
-    empty = config.engine.model_copy(update={"server_args": {"load_format": "dummy"} | config.engine.server_args})
+    dtype = config.model.dtype if config.engine.dtype == "auto" else config.engine.dtype
+    empty = config.engine.model_copy(update={"dtype": dtype, "server_args": {"load_format": "dummy"} | config.engine.server_args})
     needs_experts = algorithm.routing.needs_engines_experts
     routing = routing_shape(config.model) if any(map(needs_experts, range(config.run.steps))) else None
     engines = sglang_engines(empty, shape, run_dir, config.model.max_position_embeddings, config.run.seed, stack, routing)
