@@ -16,6 +16,7 @@ from megatron_rl.observability.charts import Scale, Series, Sides, line_chart, n
 
 Row = Mapping[str, Any]
 LAST = 10  # steps that the tables average over
+LAYER_AGREEMENT, LOWEST_AGREEMENT = "routing/agreement_layer_", "lowest agreement"
 # title, unit, axis, (metric, name) of each line, note
 CURVES: tuple[tuple[str, str, Scale, tuple[tuple[str, str], ...], str], ...] = (
     (
@@ -62,6 +63,13 @@ CURVES: tuple[tuple[str, str, Scale, tuple[tuple[str, str], ...], str], ...] = (
         "Over the engine's own samples, staleness included.",
     ),
     ("Effective sample size", "%", "fit", (("mismatch/ess", "of all tokens"),), "100 % where trainer and engine agree."),
+    (
+        "Routers that choose the engine's experts",
+        "%",
+        "fit",
+        (("routing/agreement", "mean of the layers"), (LOWEST_AGREEMENT, "the layer that agrees least")),
+        "Of all choices that the engine recorded.",
+    ),
 )
 GROUPS = (  # metric prefix, heading, (group, its name), the columns: (metric, heading, unit)
     (
@@ -87,6 +95,7 @@ COLUMNS = (
 
 def mismatch_body(steps: Sequence[Row], histograms: Sequence[Row]) -> str:
     """`steps` of metrics.jsonl, `histograms` of mismatch.jsonl; an empty string where nothing was measured."""
+    steps = [{**row, LOWEST_AGREEMENT: lowest_agreement(row)} for row in steps]
     figures = [
         line_chart(title, [Series(name, [(row["step"], row.get(key)) for row in steps]) for key, name in lines], unit, scale, note)
         for title, unit, scale, lines, note in CURVES
@@ -97,6 +106,10 @@ def mismatch_body(steps: Sequence[Row], histograms: Sequence[Row]) -> str:
     if not curves:
         return ""
     return f'<div class="grid3">{curves}</div>' + (f'<div class="two tables">{tables}</div>' if tables else "")
+
+
+def lowest_agreement(row: Row) -> float | None:
+    return min((value for name, value in row.items() if name.startswith(LAYER_AGREEMENT) and value is not None), default=None)
 
 
 def group_table(

@@ -220,6 +220,7 @@ def with_mismatch(folder: Path, steps: int = 30) -> Path:
         row |= {f"mismatch/by_age/{age}/{name}": 0.5 for age in ("0", "8_up") for name in ("share", "gap_mean", "gap_p99")}
         row["mismatch/by_age/0/gap_mean"] = 9.0 if row["step"] <= 20 else 0.25  # not of the last ten steps
         row["mismatch/by_entropy/top_5/entropy_from"] = 0.75
+        row |= {"routing/agreement": 0.96, "routing/agreement_layer_1": 0.99, "routing/agreement_layer_2": 0.93}
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     bins = {"log10_from": -4.0, "log10_width": 0.125, "counts": [1, 2, 1]}
     lines = [json.dumps({"step": s, "mismatch/gap_above": bins, "mismatch/gap_below": bins}) for s in range(1, steps + 1)]
@@ -239,6 +240,9 @@ def test_the_mismatch_has_a_section_of_its_own(tmp_path: Path) -> None:
         "Means over steps 21 to 30",
         "Tokens by entropy",
         "The gap's distribution",
+        "The gap's distribution",
+        "the layer that agrees least",
+        "93.0\u00a0%",
     ):
         assert words in text, words
     assert "2 to 3" not in text  # no tokens of that age
