@@ -250,7 +250,7 @@ def rollout_parts(config: RlRun, run_dir: Path, tokenizer: Tokenizer, stop: Stop
     empty = config.engine.model_copy(update={"dtype": dtype, "server_args": {"load_format": "dummy"} | config.engine.server_args})
     needs_experts = algorithm.routing.needs_engines_experts
     routing = routing_shape(config.model) if any(map(needs_experts, range(config.run.steps))) else None
-    engines = sglang_engines(empty, shape, run_dir, config.model.max_position_embeddings, config.run.seed, stack, routing)
+    engines = sglang_engines(empty, shape, run_dir, config.model.max_position_embeddings, config.run.seed, stack, routing, stop)
     sink: WeightSink = EngineWeights(engines, config.engine.tp, sync.timeout_s, sync.transport)
     if sync.quantize == "fp8":
         sink = QuantizingSink(sink, sync.verify)
@@ -335,10 +335,12 @@ def sglang_engines(
     seed: int,
     stack: ExitStack,
     routing: RoutingShape | None = None,
+    stop: StopFlag | None = None,
 ) -> SglangEngines:
     from megatron_rl.engine.launcher import SglangEngines
 
-    engines = SglangEngines(config, str(model), run_dir, context_length, seed, routing)
+    stop_requested = (lambda: stop.requested) if stop else (lambda: False)
+    engines = SglangEngines(config, str(model), run_dir, context_length, seed, routing, stop_requested)
     stack.callback(engines.stop)
     return engines
 

@@ -19,4 +19,6 @@ def expert_rows(reported: str, shape: RoutingShape, positions: int) -> bytes:
     rows = numbers.reshape(expected)[:, shape.first_dense :]
     if rows.size and not 0 <= rows.min() <= rows.max() < shape.experts:
         raise ValueError(f"routed experts from {rows.min()} to {rows.max()}, of {shape.experts}")
+    if (np.diff(np.sort(rows, axis=-1), axis=-1) == 0).any():
+        raise ValueError("a position that was routed to an expert twice: does this engine record the routers of this model?")
     return rows.astype(f"<u{shape.itemsize}").tobytes()

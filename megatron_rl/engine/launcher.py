@@ -12,8 +12,9 @@ import logging
 import multiprocessing
 import os
 import secrets
+import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ log = logging.getLogger(__name__)
 POLL_S = 0.1
 PROGRESS_S = 10.0  # between two lines that say what we wait for
 START_ATTEMPTS = 3
+STOPPED = 128 + signal.SIGTERM  # exit status
 WEIGHTS, OTHERS = "weights", ("kv_cache", "cuda_graph")  # what SGLang can put to sleep (srt/constants.py)
 
 
@@ -40,7 +42,8 @@ class StartFailed(EngineLost):
 
 
 class SglangEngines:
-    """Implements `ports.Engines`. With `routing` the servers record experts, for requests that ask for them."""
+    """Implements `ports.Engines`. With `routing` the servers record experts, for requests that ask for them; `stop_requested` ends
+    a start that is going on."""
 
     def __init__(
         self,
@@ -50,11 +53,12 @@ class SglangEngines:
         context_length: int,
         seed: int,
         routing: RoutingShape | None = None,
+        stop_requested: Callable[[], bool] = lambda: False,
     ) -> None:
         if routing:
             config = config.model_copy(update={"server_args": {"enable_return_routed_experts": True} | config.server_args})
         self._config, self._model_path, self._run_dir, self._routing = config, model_path, run_dir, routing
-        self._context_length, self._seed = context_length, seed
+        self._context_length, self._seed, self._stop_requested = context_length, seed, stop_requested
         self._device = _resolve(config.device)
         self._api_key = config.api_key or secrets.token_hex(16)
         self._vocab_size = _vocab_size(model_path)
@@ -186,6 +190,8 @@ class SglangEngines:
                     raise StartFailed(message, by_signal=process.exit_code < 0)
                 if engine.answers():
                     waiting.remove(name)
+            if self._stop_requested():
+                raise UserError("stopped while engines started: the same command goes on from the last checkpoint", STOPPED)
             now = time.monotonic()
             if waiting and now - started > self._config.startup_timeout_s:
                 name = waiting[0]

@@ -19,6 +19,7 @@ import psutil
 import pytest
 from tiny_checkpoint import write_checkpoint
 
+from megatron_rl.config import UserError
 from megatron_rl.config.rollout import EngineConfig
 from megatron_rl.engine.launcher import SglangEngines
 from megatron_rl.types import EngineLost
@@ -163,3 +164,12 @@ def test_a_server_that_fails_to_start_is_reported_with_its_last_words(tmp_path: 
     assert servers_of(tmp_path / "engines" / "engine_0.log") == [] and engines.alive == []
     with pytest.raises(EngineLost, match=r"engine_0 died, and engine\.max_restarts=0"):
         engines.recover()
+
+
+def test_a_stop_ends_a_start_that_is_going_on(tmp_path: Path) -> None:
+    path, config = write_checkpoint(tmp_path / "hf"), EngineConfig(device="cpu", count=2)
+    engines = SglangEngines(config, str(path), tmp_path, 256, 0, stop_requested=lambda: True)
+    with pytest.raises(UserError, match="stopped while engines started: the same command goes on"):
+        engines.start()
+    assert engines.alive == []
+    assert not any(servers_of(tmp_path / "engines" / f"engine_{index}.log") for index in range(2))

@@ -18,7 +18,7 @@ def reported(numbers: np.ndarray) -> str:
 @pytest.mark.parametrize("experts", [8, 256, 257])
 def test_rows_leave_dense_layers_out(experts: int) -> None:
     shape = RoutingShape(3, 1, 2, experts)
-    numbers = np.random.default_rng(0).integers(0, experts, (7, 3, 2))
+    numbers = np.random.default_rng(0).random((7, 3, experts)).argsort(-1)[..., :2]
     rows = expert_rows(reported(numbers), shape, positions=7)
     assert len(rows) == 7 * shape.row_bytes and shape.itemsize == (1 if experts <= 256 else 2)
     assert (np.frombuffer(rows, f"<u{shape.itemsize}").reshape(7, 2, 2) == numbers[:, 1:]).all()
@@ -30,6 +30,7 @@ def test_rows_leave_dense_layers_out(experts: int) -> None:
         (reported(np.zeros((4, 3, 2))), r"24 routed experts where \(positions, layers, top_k\) = \(5, 3, 2\)"),
         (reported(np.full((5, 3, 2), 8)), "routed experts from 8 to 8, of 8"),
         (reported(np.full((5, 3, 2), -1)), "routed experts from -1 to -1, of 8"),
+        (reported(np.zeros((5, 3, 2))), "routed to an expert twice: does this engine record the routers of this model"),
         ("not base64", "base64|alphabet|character"),
     ],
 )
