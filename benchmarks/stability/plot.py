@@ -7,7 +7,8 @@ a line for each variant: the mean over seeds, with a band from the least to the 
 each number the mean over seeds unless it says otherwise:
 
 - final reward: mean of the run's last quarter (least, greatest);
-- worst drop: how far reward, as a mean of 5 steps, ever fell below its own earlier maximum; the worst seed's;
+- worst drop: how far reward, as a mean of 5 steps, ever fell below its own earlier maximum, without the first 5 steps, in which an
+  empty pool finishes short and easy rollouts alone; the worst seed's;
 - max grad norm: of any step, before clipping; the worst seed's;
 - masked: tokens that the correction gave no weight; gap: mean |old - engine log-prob| of all trained tokens, stale ones included;
 - agreement: of the router's own choices with the engine's experts, in the steps that compare them.
@@ -32,12 +33,12 @@ from run import SETTINGS, VARIANTS
 from megatron_rl.observability.summary import read_rows
 
 REWARD, GRAD_NORM, MASKED, GAP = "reward/mean", "policy/grad_norm", "mismatch/masked_fraction", "mismatch/gap_mean"
-AGREEMENT = "routing/agreement"
+AGREEMENT, TOKENS = "routing/agreement", "policy/tokens"
 PANELS = {REWARD: "reward", GRAD_NORM: "gradient norm", MASKED: "masked fraction of tokens", GAP: "mean |log-prob gap|"}
 LOGARITHMIC = (GRAD_NORM, GAP)
 LABELS = {"none": "no correction", "tis": "TIS", "icepop": "IcePop", "icepop_r3": "IcePop + R3"}
 COLOURS = {"none": "#c0392b", "tis": "#d68910", "icepop": "#174ea6", "icepop_r3": "#2e7d32"}
-SMOOTH = 5  # steps, of the reward's drop
+COLD, SMOOTH = 5, 5  # steps, of the reward's drop
 
 Rows = Sequence[Mapping[str, float | None]]
 Runs = dict[tuple[str, str], dict[int, Rows]]  # (setting, variant) -> seed -> its steps
@@ -100,13 +101,18 @@ def final_reward(rows: Rows) -> float:
 
 
 def worst_drop(rows: Rows) -> float:
-    rewards = values(rows, REWARD)
+    rewards = values(rows[COLD:] or rows, REWARD)
     smooth = [fmean(rewards[start : start + SMOOTH]) for start in range(max(1, len(rewards) - SMOOTH + 1))]
     return max(max(smooth[: at + 1]) - value for at, value in enumerate(smooth))
 
 
 def mean(by_seed: Mapping[int, Rows], name: str) -> float | None:
-    found = [fmean(each) for rows in by_seed.values() if (each := values(rows, name))]
+    """Over seeds of the mean over tokens."""
+    found = []
+    for rows in by_seed.values():
+        pairs = [(value, row[TOKENS] or 0.0) for row in rows if (value := row.get(name)) is not None]
+        if tokens := sum(weight for _, weight in pairs):
+            found.append(sum(value * weight for value, weight in pairs) / tokens)
     return fmean(found) if found else None
 
 
@@ -114,14 +120,15 @@ def table(runs: Runs) -> Iterator[str]:
     yield "| setting | variant | seeds | final reward | worst drop | max grad norm | masked | gap | agreement |"
     yield "|---|---|---|---|---|---|---|---|---|"
     for (setting, variant), by_seed in runs.items():
-        finals = [final_reward(rows) for rows in by_seed.values() if values(rows, REWARD)]
+        rewarded = [rows for rows in by_seed.values() if values(rows[COLD:] or rows, REWARD)]
+        finals = [final_reward(rows) for rows in rewarded]
         norms = [value for rows in by_seed.values() for value in values(rows, GRAD_NORM)]
         cells = [
             setting,
             LABELS[variant],
             str(len(by_seed)),
             f"{fmean(finals):.3f} ({min(finals):.3f}, {max(finals):.3f})" if finals else "-",
-            f"{max(worst_drop(rows) for rows in by_seed.values() if values(rows, REWARD)):.3f}" if finals else "-",
+            f"{max(map(worst_drop, rewarded)):.3f}" if finals else "-",
             f"{max(norms):.3g}" if norms else "-",
             told(mean(by_seed, MASKED)),
             told(mean(by_seed, GAP)),
