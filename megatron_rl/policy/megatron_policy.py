@@ -130,11 +130,15 @@ class MegatronPolicy:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         outputs = self._forward_backward(microbatches, temperature, _output_of(loss), "new", forward_only=False)
-        finalize_model_grads(self.chunks)
+        biases = self._moving_biases()
+        finalize_model_grads(self.chunks)  # which moves them
         lr = lr_at(self.updates, self._optimizer_config, self._total_steps)
         grad_norm = update(self.optimizer, lr, self._optimizer_config.grad_clip)
         skipped = not math.isfinite(grad_norm)
         self.updates += not skipped
+        if skipped:
+            for bias, before in biases:
+                bias.copy_(before)
         step = {"policy/grad_norm": grad_norm, "policy/lr": lr, "policy/skipped": float(skipped)}
         if scale := loss_scale_of(self.optimizer):
             step["policy/loss_scale"] = scale.scale.item()
@@ -146,6 +150,12 @@ class MegatronPolicy:
     def evaluate(self, microbatches: Sequence[PackedBatch], loss: TokenLoss, temperature: float) -> dict[str, Any]:
         """*Collective*: what `loss` adds up to under the present weights. Trains nothing."""
         return self._totals(self._forward_backward(microbatches, temperature, _output_of(loss), "free", forward_only=True))
+
+    def _moving_biases(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Expert biases that are not frozen, with copies."""
+        if not (self._model.moe and self._model.moe.expert_bias_update_rate):
+            return []
+        return [(tensor, tensor.clone()) for name, tensor in self.weights().items() if name.endswith("expert_bias")]
 
     def occupy(self, what: Occupied) -> None:
         if self.device.type == "cpu" or what == self._occupied:

@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_families import tiny_model
 
 from megatron_rl.algorithms.batch import LossOutput, PackedBatch
 from megatron_rl.checkpoint.store import CheckpointStore
 from megatron_rl.config.model import ModelConfig, OptimizerConfig, ParallelConfig
 from megatron_rl.policy import MegatronPolicy, MegatronRanks
 from megatron_rl.policy.loss_scale import LossScale
+from megatron_rl.resharding.hf import hf_config
 
 SMALL: dict[str, Any] = {
     "vocab_size": 32,
@@ -163,3 +165,13 @@ def test_logits_of_an_fp32_head_are_products_of_fp32(ranks: MegatronRanks, kind:
     value, *gradients = errors[True]
     assert value < 1e-6 and max(gradients) < 3e-3, errors  # gradients of what is bf16 end as bf16
     assert errors[False][0] > 1e-4
+
+
+@pytest.mark.parametrize("family", ["bailing_moe", "bailing_moe_v2"])
+def test_engines_and_exports_learn_of_precision_from_config_json(family: str) -> None:
+    """What models/bailing_moe.py:206 and layers/logits_processor.py:453 of SGLang look for."""
+    model = tiny_model(family)
+    facts = hf_config(model, dtype="float16", eos_token_id=1, pad_token_id=0)
+    assert facts["router_dtype"] == "fp32" and facts["dtype"] == "float16" and "enable_lm_head_fp32" not in facts
+    with_head = hf_config(model.model_copy(update={"fp32_lm_head": True}), dtype="float16", eos_token_id=1, pad_token_id=0)
+    assert with_head == facts | {"enable_lm_head_fp32": True}

@@ -119,7 +119,8 @@ def test_logprobs_are_zero_at_first_tokens_and_need_no_gradient(ranks: MegatronR
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_bad_gradient_changes_nothing_and_is_reported(ranks: MegatronRanks, bad: float) -> None:
-    policy, batch = policy_of(ranks), packed(*sequences(MODEL.vocab_size, 9, 4))
+    model = ModelConfig.model_validate(SMALL | {"moe": SMALL["moe"] | {"expert_bias_update_rate": 0.25}})  # type: ignore[operator]
+    policy, batch = policy_of(ranks, model), packed(*sequences(MODEL.vocab_size, 9, 4))
 
     def spoilt(logprobs_T: torch.Tensor, entropy_T: torch.Tensor, batch: PackedBatch) -> LossOutput:
         return LossOutput(logprobs_T.sum() * bad)
