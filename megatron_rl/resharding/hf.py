@@ -22,7 +22,7 @@ from megatron_rl.config.errors import UserError
 from megatron_rl.config.model import ModelConfig, ParallelConfig
 from megatron_rl.ports import Ranks
 from megatron_rl.resharding.execute import Resharder
-from megatron_rl.resharding.families import family_of, names_of
+from megatron_rl.resharding.families import FP32_LM_HEAD, family_of, names_of
 from megatron_rl.resharding.hf_source import HfSource
 from megatron_rl.resharding.hf_target import write_hf
 from megatron_rl.resharding.plan import spans_of
@@ -31,7 +31,7 @@ from megatron_rl.resharding.plan import spans_of
 def hf_config(model: ModelConfig, *, dtype: str, eos_token_id: int, pad_token_id: int) -> dict[str, Any]:
     """What the model's config.json says."""
     tokens = {"eos_token_id": eos_token_id, "pad_token_id": pad_token_id}
-    numerics = {"dtype": dtype} | ({"enable_lm_head_fp32": True} if model.fp32_lm_head else {})  # SGLang's logits_processor.py:453
+    numerics = {"dtype": dtype} | ({FP32_LM_HEAD: True} if model.fp32_lm_head else {})
     return family_of(model).to_hf_config(model) | tokens | numerics
 
 

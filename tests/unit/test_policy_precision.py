@@ -15,6 +15,7 @@ from megatron_rl.checkpoint.store import CheckpointStore
 from megatron_rl.config.model import ModelConfig, OptimizerConfig, ParallelConfig
 from megatron_rl.policy import MegatronPolicy, MegatronRanks
 from megatron_rl.policy.loss_scale import LossScale
+from megatron_rl.resharding.families import model_values
 from megatron_rl.resharding.hf import hf_config
 
 SMALL: dict[str, Any] = {
@@ -169,9 +170,10 @@ def test_logits_of_an_fp32_head_are_products_of_fp32(ranks: MegatronRanks, kind:
 
 @pytest.mark.parametrize("family", ["bailing_moe", "bailing_moe_v2"])
 def test_engines_and_exports_learn_of_precision_from_config_json(family: str) -> None:
-    """What models/bailing_moe.py:206 and layers/logits_processor.py:453 of SGLang look for."""
+    """What models/bailing_moe.py:206 and layers/logits_processor.py:454 of SGLang look for."""
     model = tiny_model(family)
     facts = hf_config(model, dtype="float16", eos_token_id=1, pad_token_id=0)
     assert facts["router_dtype"] == "fp32" and facts["dtype"] == "float16" and "enable_lm_head_fp32" not in facts
     with_head = hf_config(model.model_copy(update={"fp32_lm_head": True}), dtype="float16", eos_token_id=1, pad_token_id=0)
     assert with_head == facts | {"enable_lm_head_fp32": True}
+    assert model_values(with_head) == model_values(facts) | {"fp32_lm_head": True}

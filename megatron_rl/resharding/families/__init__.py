@@ -23,6 +23,9 @@ _ARCHITECTURES = {
 }
 
 
+FP32_LM_HEAD = "enable_lm_head_fp32"  # a key of config.json that SGLang looks for (layers/logits_processor.py:454)
+
+
 def family_of(model: ModelConfig) -> Family:
     return FAMILIES[model.family]
 
@@ -36,5 +39,6 @@ def model_values(config: Mapping[str, Any]) -> dict[str, Any]:
     for architecture in config.get("architectures") or ():
         if architecture in _ARCHITECTURES:
             family = _ARCHITECTURES[architecture]
-            return {"family": family} | FAMILIES[family].from_hf_config(config)
+            head = {"fp32_lm_head": True} if config.get(FP32_LM_HEAD) else {}
+            return {"family": family} | head | FAMILIES[family].from_hf_config(config)
     raise ValueError(f"architectures={config.get('architectures')}: not one of {', '.join(_ARCHITECTURES)}")
