@@ -22,10 +22,11 @@ from megatron_rl import rundir
 from megatron_rl.config import EvalRun, RlRun, SftRun, UserError
 from megatron_rl.config.model import ModelConfig
 from megatron_rl.config.rollout import EngineConfig
-from megatron_rl.data.prompts import PromptStream, read_prompts
+from megatron_rl.data.prompts import PromptStream, fingerprint, read_prompts
 from megatron_rl.data.sft import SftStream, read_sft
 from megatron_rl.data.tokenizer import Tokenizer, export_hf_tokenizer, load_tokenizer
 from megatron_rl.loops.evaluate import Evaluator
+from megatron_rl.loops.responses import Responses
 from megatron_rl.loops.signals import StopFlag
 from megatron_rl.observability.alarms import mismatch_alarms
 from megatron_rl.observability.console import set_up_logging
@@ -36,7 +37,7 @@ from megatron_rl.ports import Tracker, WeightSink
 from megatron_rl.rewards.pool import RewardPool
 from megatron_rl.scheduler.messages import Settings
 from megatron_rl.scheduler.outlook import outlook
-from megatron_rl.types import Group, Prompt, RoutingShape, SamplingParams
+from megatron_rl.types import EngineLost, Group, Prompt, RoutingShape, SamplingParams
 
 if TYPE_CHECKING:
     from megatron_rl.checkpoint.store import CheckpointStore
@@ -110,11 +111,26 @@ def run_eval(config: EvalRun) -> None:
             encode=tokenizer.encode,
             decode=tokenizer.decode,
             runner=stack.enter_context(asyncio.Runner()),
+            seed=config.seed,
         )
-        metrics = evaluator.metrics(out / "responses.jsonl")
+        about = config.model_dump(mode="json", exclude={"out", "engine"}) | {"prompts": fingerprint(prompts)}
+        responses = Responses(out / "responses.jsonl", about)
+        if responses.rows:
+            log.info("going on: %d samples are in %s already", len(responses.rows), out)
+        metrics = evaluation_through_losses(evaluator, engines, responses)
     write_summary(out, metrics | {"checkpoint": str(checkpoint), "prompts": len(evaluator.prompts)})
     for name, value in metrics.items():
         print(f"{name:28} {value:.4g}")
+
+
+def evaluation_through_losses(evaluator: Evaluator, engines: SglangEngines, responses: Responses) -> dict[str, float]:
+    """Engines that are lost come back, up to engine.max_restarts times; what was judged before stays."""
+    while True:
+        try:
+            return evaluator.metrics(responses)
+        except EngineLost as error:
+            log.warning("%s", error)
+            engines.recover()
 
 
 RUN: dict[type, Callable[[Any], None]] = {RlRun: run_rl, SftRun: run_sft, EvalRun: run_eval}

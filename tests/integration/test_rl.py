@@ -123,7 +123,7 @@ def test_the_run_directory_is_complete(run_dir: Path) -> None:
 def test_the_exported_checkpoint_evaluates_like_the_policy(run_dir: Path, data: Path, tmp_path: Path) -> None:
     """Greedy decoding of the Hugging Face checkpoint in a fresh server."""
     command = [sys.executable, "-m", "megatron_rl", "eval", f"out={tmp_path}", f"checkpoint={run_dir}/hf"]
-    command += [f"data.eval={data}/eval.jsonl", "engine=cpu", "engine.count=1", "eval.samples=1"]
+    command += [f"data.eval={data}/eval.jsonl", "engine=cpu", "engine.count=1", "eval.samples=1", "eval.greedy=true"]
     command += ["max_prompt_tokens=16", "max_response_tokens=48"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]

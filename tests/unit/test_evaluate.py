@@ -5,12 +5,15 @@ from __future__ import annotations
 import asyncio
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fakes import ParityRewards, ScriptedEngine, ScriptedEngines, length_of
 
+from megatron_rl.config import UserError
 from megatron_rl.config.run import EvalConfig
 from megatron_rl.loops.evaluate import Evaluator
+from megatron_rl.loops.responses import Responses
 from megatron_rl.types import EngineLost, Prompt, SamplingParams
 
 PROMPTS = tuple(Prompt(f"p{i}", f"{i}?", (1, 1), "a", "exact", metadata={"forced_prefix": "ab"}) for i in range(5))
@@ -32,7 +35,7 @@ def evaluator(engines: ScriptedEngines, runner: asyncio.Runner, **config: object
 def test_accuracy_and_length_are_means_over_all_samples(tmp_path: Path) -> None:
     engines = ScriptedEngines([ScriptedEngine("a", 2), ScriptedEngine("b", 2)])
     with asyncio.Runner() as runner:
-        metrics = evaluator(engines, runner, greedy=False).metrics(tmp_path / "responses.jsonl")
+        metrics = evaluator(engines, runner, greedy=False).metrics(Responses(tmp_path / "responses.jsonl", {}))
     lengths = [length_of(f"eval:p{i}#{sample}") for i in range(5) for sample in range(3)]
     assert metrics["eval/accuracy"] == pytest.approx(sum(n % 2 for n in lengths) / 15)  # odd lengths are right
     assert metrics["eval/response_tokens"] == pytest.approx(sum(lengths) / 15)
@@ -41,11 +44,45 @@ def test_accuracy_and_length_are_means_over_all_samples(tmp_path: Path) -> None:
     assert engines.engines[0].served and engines.engines[1].served
 
 
-def test_a_forced_prefix_begins_the_response() -> None:
+def test_a_forced_prefix_begins_the_response(tmp_path: Path) -> None:
     with asyncio.Runner() as runner:
         forced = evaluator(ScriptedEngines([ScriptedEngine("a", 2)]), runner, greedy=False, forced_prefix=True)
-        judged = runner.run(forced._judged(forced.sampling, 1, forced=True))
-    assert all(rollout.tokens[:2] == (7, 7) for rollout, _ in judged)
+        forced.metrics(Responses(tmp_path / "responses.jsonl", {}))
+    rows = [row for row in rows_of(tmp_path) if row["pass"] == "forced"]
+    assert len(rows) == 15 and all(row["response"].startswith("(7, 7, ") for row in rows)
+
+
+def rows_of(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "responses.jsonl").read_text().splitlines()]
+
+
+def test_an_interrupted_evaluation_goes_on_and_writes_the_same_file(tmp_path: Path) -> None:
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    with asyncio.Runner() as runner:
+        for folder in (whole, cut):
+            folder.mkdir()
+        expected = evaluator(ScriptedEngines([ScriptedEngine("a", 2)]), runner).metrics(Responses(whole / "responses.jsonl", {}))
+        engine = ScriptedEngine("a", 2)
+        engine.dies_after = 6
+        with pytest.raises(EngineLost):
+            evaluator(ScriptedEngines([engine]), runner).metrics(Responses(cut / "responses.jsonl", {"of": "this"}))
+        partial = cut / "responses.partial.jsonl"
+        with partial.open("a") as file:
+            file.write('{"pass": "sam')  # torn
+        judged = {(row["prompt_id"], row["sample"]) for row in map(json.loads, partial.read_text().splitlines()[1:-1])}
+        assert 0 < len(judged) < 15 and not (cut / "responses.jsonl").exists()
+        again = ScriptedEngine("b", 2)
+        metrics = evaluator(ScriptedEngines([again]), runner).metrics(Responses(cut / "responses.jsonl", {"of": "this"}))
+    assert len(again.served) == 15 + 5 - len(judged), "three samples and a greedy one of five prompts"
+    assert (cut / "responses.jsonl").read_bytes() == (whole / "responses.jsonl").read_bytes() and not partial.exists()
+    del metrics["time/eval_s"], expected["time/eval_s"]
+    assert metrics == expected
+
+
+def test_samples_of_another_evaluation_are_not_mixed_in(tmp_path: Path) -> None:
+    Responses(tmp_path / "responses.jsonl", {"temperature": 0.6})
+    with pytest.raises(UserError, match="of another evaluation"):
+        Responses(tmp_path / "responses.jsonl", {"temperature": 1.0})
 
 
 def test_an_engine_that_dies_leaves_the_others_quiet() -> None:
