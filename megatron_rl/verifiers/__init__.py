@@ -19,7 +19,10 @@ Verifier = Callable[[str, Prompt], Score]
 # name -> the metadata keys a prompt must bring
 _METADATA: dict[str, tuple[str, ...]] = {
     "exact": (),
+    "format": (),
     "math": (),
+    "mcq": (),
+    "mixture": ("mixture",),
     "reasoning_gym": ("dataset", "entry"),
 }
 MODULES = {name: f"{__name__}.{name}" for name in _METADATA}  # the module holds the function, `verify`
@@ -36,4 +39,20 @@ def fault(name: str, metadata: Mapping[str, Any]) -> str | None:
     if name not in _METADATA:
         return f"unknown verifier {name!r}; known are {', '.join(_METADATA)}"
     missing = [key for key in _METADATA[name] if key not in metadata]
-    return f"verifier {name!r} needs metadata.{missing[0]}" if missing else None
+    if missing:
+        return f"verifier {name!r} needs metadata.{missing[0]}"
+    return _mixture_fault(metadata) if name == "mixture" else None
+
+
+def _mixture_fault(metadata: Mapping[str, Any]) -> str | None:
+    weights = metadata["mixture"]
+    if not isinstance(weights, Mapping) or not weights:
+        return "metadata.mixture must name verifiers and their weights"
+    for name, weight in weights.items():
+        if name == "mixture":
+            return "metadata.mixture: a mixture holds no mixture"
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < float("inf"):
+            return f"metadata.mixture: the weight of {name!r} must be a number above 0, not {weight!r}"
+        if found := fault(name, metadata):
+            return f"metadata.mixture: {found}"
+    return None

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
-from pathlib import Path
+import math
 from typing import Any
 
 import pytest
@@ -12,6 +11,8 @@ import reasoning_gym
 
 from megatron_rl import verifiers
 from megatron_rl.types import Prompt, Score
+from megatron_rl.verifiers.length import cosine, soft_overlong
+from megatron_rl.verifiers.mixture import OWN, mixed
 
 
 def judge(verifier: str, response: str, answer: str, **metadata: Any) -> Score:
@@ -60,38 +61,75 @@ def test_reasoning_gym_accepts_its_own_answers(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("gold", "response", "status"),
+    ("parts", "response", "fault"),
     [
-        ("18", r"She makes \boxed{18} dollars", "correct"),
-        ("18", "A: 26", "wrong"),
-        (r"\frac{1}{2}", r"$\frac{2}{4}$", "correct"),
-        ("1/2", "the answer is 0.5", "correct"),
-        ("1000.99", "it's 1,000.99", "correct"),
-        ("1,22", "1.22", "correct"),
-        (r"[1, 2)", r"$[1,2)$", "correct"),
-        (r"x^2+1", r"\boxed{1+x^2}", "correct"),
-        ("3", "I do not know", "unparsable"),
-        ("3", "", "unparsable"),
-        ("", "3", "error"),
+        (["think"], "<think>so</think>12", None),
+        (["think"], "so</think>12", None),  # the template opened it
+        (["think"], "12", "no </think>"),
+        (["think"], "<think> </think>12", "nothing in the thoughts"),
+        (["think"], "<think>so</think> ", "nothing after the thoughts"),
+        (["think"], "<think>a</think>b<think>c</think>d", "more than one"),
+        (["boxed"], r"\boxed{1}", None),
+        (["boxed"], r"<think>\boxed{2}</think>\boxed{1}", None),
+        (["boxed"], r"\boxed{1}\boxed{2}", "2 boxes"),
+        (["boxed"], r"\boxed{ }", "an empty box"),
+        (["answer"], "so <answer>1 < 2</answer>\n", None),
+        (["answer"], "<answer>1</answer> and more", "does not end"),
+        (["answer"], "<answer>1</answer><answer>2</answer>", "does not end"),
+        (["answer"], "<answer> </answer>", "empty"),
+        (["think", "boxed"], "<think>so</think>12", "boxed: 0 boxes"),
     ],
 )
-def test_math(gold: str, response: str, status: str) -> None:
-    score = judge("math", response, gold)
-    assert score.status == status
-    assert score.value == float(status == "correct")
+def test_format_wants_every_part_once_and_filled(parts: list[str], response: str, fault: str | None) -> None:
+    score = judge("format", response, "", format=parts)
+    assert (score.value, score.status) == ((1.0, "correct") if fault is None else (0.0, "wrong"))
+    assert (fault or "") in score.reason
 
 
-def test_math_agrees_with_the_labels_of_real_responses(shared_data: Path) -> None:
-    agreed, seen = Counter[str](), Counter[str]()
-    for line in (shared_data / "verifier_pairs.jsonl").read_text().splitlines():
-        row = json.loads(line)
-        source = row["source"].partition("/")[0]
-        if source in ("gsm8k_openai", "qwen2.5-math-cot"):
-            seen[source] += 1
-            agreed[source] += (judge("math", row["response"], row["gold"]).value == 1.0) == row["is_correct"]
-    assert seen["gsm8k_openai"] > 2000
-    assert agreed["gsm8k_openai"] == seen["gsm8k_openai"]
-    assert agreed["qwen2.5-math-cot"] >= 0.998 * seen["qwen2.5-math-cot"]
+def test_format_wants_thoughts_and_a_box_by_default_and_names_unknown_parts() -> None:
+    assert judge("format", r"<think>so</think>\boxed{1}", "").status == "correct"
+    assert judge("format", "1", "").status == "wrong"
+    assert "'poem'" in judge("format", "1", "", format=["poem"]).reason
+
+
+MIXTURE = {"mixture": {"exact": 3, "format": 1}, "format": ["think"]}
+
+
+def test_a_mixture_is_a_weighted_mean_and_its_first_part_says_what_is_correct() -> None:
+    right = judge("mixture", "a</think>b", "a</think>b", **MIXTURE)
+    assert (right.value, right.status, right.extracted) == (1.0, "correct", "a</think>b")
+    assert judge("mixture", "b", "b", **MIXTURE).value == 0.75
+    formal = judge("mixture", "a</think>b", "b", **MIXTURE)
+    assert (formal.value, formal.status) == (0.25, "wrong")
+    assert formal.reason == "exact 0; format 1"
+
+
+def test_a_mixture_without_one_judgement_has_none() -> None:
+    score = judge("mixture", "b", "b", mixture={"exact": 1, "format": 1}, format=["poem"])
+    assert (score.value, score.status) == (0.0, "error")
+    assert score.reason.startswith("format: ")
+
+
+def test_a_runs_weights_name_the_prompts_own_verifier() -> None:
+    prompt = Prompt("p", "", (), "1", "exact", metadata={"format": ["think"]})
+    assert mixed(prompt, {}) is prompt
+    assert mixed(prompt, {OWN: 0.9, "format": 0.1}).metadata["mixture"] == {"exact": 0.9, "format": 0.1}
+    own = Prompt("p", "", (), "1", "mixture", metadata={"mixture": {"exact": 1}})
+    assert mixed(own, {OWN: 0.9, "format": 0.1}) is own
+
+
+def test_the_cosine_reward_is_clamped_capped_and_monotone() -> None:
+    assert cosine(0, 100, 0.5, -0.5) == 0.5
+    assert cosine(50, 100, 0.5, -0.5) == pytest.approx(0.0)
+    assert cosine(25, 100, 1.0, 0.0) == pytest.approx(0.5 + math.sqrt(2) / 4)
+    assert cosine(100, 100, 0.5, -0.5) == cosine(10_000, 100, 0.5, -0.5) == -0.5
+    assert cosine(0, 100, 0.5, -0.5, cap=0.2) == 0.2
+    values = [cosine(tokens, 100, 0.5, -0.5, cap=0.2) for tokens in range(150)]
+    assert values == sorted(values, reverse=True)
+
+
+def test_soft_overlong_is_dapos_line() -> None:
+    assert [soft_overlong(tokens, 100, 20) for tokens in (0, 80, 85, 90, 100, 500)] == [0.0, 0.0, -0.25, -0.5, -1.0, -1.0]
 
 
 def test_faults_are_found_without_an_import() -> None:
@@ -99,3 +137,10 @@ def test_faults_are_found_without_an_import() -> None:
     assert verifiers.fault("reasoning_gym", CHAIN_SUM) is None
     assert "metadata.entry" in str(verifiers.fault("reasoning_gym", {"dataset": "gcd"}))
     assert "unknown verifier 'maths'" in str(verifiers.fault("maths", {}))
+    assert verifiers.fault("mixture", MIXTURE) is None
+    assert "needs metadata.mixture" in str(verifiers.fault("mixture", {}))
+    assert "unknown verifier 'maths'" in str(verifiers.fault("mixture", {"mixture": {"maths": 1}}))
+    assert "needs metadata.dataset" in str(verifiers.fault("mixture", {"mixture": {"reasoning_gym": 1}}))
+    assert "weight of 'exact' must be a number above 0, not 0" in str(verifiers.fault("mixture", {"mixture": {"exact": 0}}))
+    assert "no mixture" in str(verifiers.fault("mixture", {"mixture": {"mixture": 1}}))
+    assert "must name verifiers" in str(verifiers.fault("mixture", {"mixture": []}))
