@@ -4,6 +4,8 @@
 #   docker build -t megatron_rl .
 #   docker run --gpus all --ipc=host --ulimit memlock=-1 -v "$PWD/runs:/opt/megatron_rl/runs" megatron_rl rl experiment=...
 #
+# For the code verifier's sandbox add --cap-add SYS_ADMIN --security-opt seccomp=unconfined --security-opt apparmor=unconfined: a
+# container may make no namespaces otherwise.
 # --ipc=host: NCCL and the weight buckets between trainer and engines go through shared memory.
 FROM nvidia/cuda:13.0.3-cudnn-devel-ubuntu24.04
 
@@ -12,7 +14,7 @@ SHELL ["/bin/bash", "-o", "pipefail", "-c"]
 # hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install -y --no-install-recommends \
-        build-essential git libibverbs1 libnuma1 numactl python3.12-dev python3.12-venv rdma-core \
+        bubblewrap build-essential git libibverbs1 libnuma1 numactl python3.12-dev python3.12-venv rdma-core \
     && rm -rf /var/lib/apt/lists/*
 
 ENV VIRTUAL_ENV=/opt/venv \

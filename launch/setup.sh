@@ -49,6 +49,14 @@ phase() {
 
 install() { .venv/bin/python -m pip install --no-input --disable-pip-version-check --progress-bar off "$@"; }
 
+# The sandbox of the code verifier, a system package. Nothing else needs it, and that verifier says so where it is missing.
+install_bubblewrap() {
+  if command -v bwrap; then return; fi
+  if [ "$(id -u)" != 0 ] || ! command -v apt-get; then return 1; fi
+  apt-get install -y --no-install-recommends bubblewrap ||
+    { apt-get update && apt-get install -y --no-install-recommends bubblewrap; }
+}
+
 make_venv() {
   # pip writes RECORD last: a package without one was cut off half-way, yet pip would count it as installed.
   for info in .venv/lib/python3*/site-packages/*.dist-info; do
@@ -71,4 +79,6 @@ phase "torch $torch" install ${TORCH_INDEX_URL:+--index-url "$TORCH_INDEX_URL"} 
 phase "requirements" install -r launch/requirements-cpu.txt
 phase "megatron-core and sglang" install --no-deps -r launch/requirements-nodeps.txt
 phase "megatron_rl" install --no-deps --no-build-isolation -e .
+DEBIAN_FRONTEND=noninteractive install_bubblewrap >"$log" 2>&1 </dev/null ||
+  echo "setup: bubblewrap could not be installed; without it (apt-get install bubblewrap) the code verifier runs no program" >&2
 echo "$wanted" >"$stamp"

@@ -25,7 +25,9 @@ _METADATA: dict[str, tuple[str, ...]] = {
     "mixture": ("mixture",),
     "reasoning_gym": ("dataset", "entry"),
 }
+_CODE_METADATA = (("cases",), ("entry_point", "test"))  # one of these, for a prompt of `code`
 MODULES = {name: f"{__name__}.{name}" for name in _METADATA}  # the module holds the function, `verify`
+MODULES["code"] = "megatron_rl.rewards.code"  # which runs what `verifiers.code` decides: pure is only that part
 
 
 def load(module: str) -> Verifier:
@@ -36,8 +38,11 @@ def load(module: str) -> Verifier:
 
 def fault(name: str, metadata: Mapping[str, Any]) -> str | None:
     """What keeps this verifier from judging a prompt with this metadata, if anything. Looks, and imports nothing."""
-    if name not in _METADATA:
-        return f"unknown verifier {name!r}; known are {', '.join(_METADATA)}"
+    if name not in MODULES:
+        return f"unknown verifier {name!r}; known are {', '.join(MODULES)}"
+    if name == "code":
+        enough = any(all(key in metadata for key in keys) for keys in _CODE_METADATA)
+        return None if enough else "verifier 'code' needs metadata.cases, or metadata.entry_point and metadata.test"
     missing = [key for key in _METADATA[name] if key not in metadata]
     if missing:
         return f"verifier {name!r} needs metadata.{missing[0]}"
