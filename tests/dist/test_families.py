@@ -57,7 +57,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], l
         save_file(expected, path / "expected.safetensors")
     found: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for world, layouts in LAYOUTS.items():
-        output = run_ranks(world, SUPPORT / "family_logits.py", [str(folder), json.dumps(layouts)], timeout=280)
+        output = run_ranks(world, SUPPORT / "family_logits.py", [str(folder), json.dumps(layouts)], timeout=580)
         for line in output.splitlines():
             if line.startswith('{"case"'):
                 result = json.loads(line)

@@ -45,7 +45,7 @@ LAYOUTS: dict[int, dict[str, dict[str, dict[str, Any]]]] = {
     4: {"ling": LING[4]},
 }
 
-pytestmark = pytest.mark.dist
+pytestmark = [pytest.mark.dist, pytest.mark.timeout(1200)]  # the first test waits for all layouts
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All layouts of a world size in one launch: most of a launch is the import of Megatron."""
     out = tmp_path_factory.mktemp("layouts")
     for world, layouts in LAYOUTS.items():
-        run_ranks(world, SUPPORT / "layout_run.py", [str(out), json.dumps(layouts)], timeout=280)
+        run_ranks(world, SUPPORT / "layout_run.py", [str(out), json.dumps(layouts)], timeout=580)
     return out
 
 

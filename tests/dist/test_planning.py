@@ -57,7 +57,7 @@ def test_ranks_hold_what_was_planned(torchrun: Callable[..., str], tmp_path: Pat
     layouts = {name: {"model": models[name].model_dump(), "parallel": LAYOUTS[name][2]} for name in LAYOUTS}
     cases = [{"model": model.model_dump(), "tokens": TOKENS} for model in CASES]
     script = repo_root / "tests" / "support" / "planned_ranks.py"
-    torchrun(WORLD, script, tmp_path, json.dumps(layouts), json.dumps(cases), timeout=280)
+    torchrun(WORLD, script, tmp_path, json.dumps(layouts), json.dumps(cases), timeout=580)
     for name, model in models.items():
         ranks = [json.loads((tmp_path / f"{name}.{rank}.json").read_text()) for rank in range(WORLD)]
         check_layout(name, model, ParallelConfig(**LAYOUTS[name][2]), ranks)

@@ -23,7 +23,7 @@ LAYOUTS = {
 
 def test_terms_are_those_of_one_process() -> None:
     alone = steps({})
-    output = run_ranks(2, Path(SUPPORT / "router_terms_run.py"), [json.dumps(LAYOUTS)], timeout=180)
+    output = run_ranks(2, Path(SUPPORT / "router_terms_run.py"), [json.dumps(LAYOUTS)], timeout=580)
     found = [json.loads(line) for line in output.splitlines() if line.startswith("[")]
     assert len(found) == 2 * len(LAYOUTS)
     for layout, there in found:
