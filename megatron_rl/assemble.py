@@ -257,7 +257,7 @@ def rollout_parts(config: RlRun, run_dir: Path, tokenizer: Tokenizer, stop: Stop
     from megatron_rl.resharding.quantizing import QuantizingSink
 
     rollout, algorithm, sync = config.rollout, config.algorithm, config.engine.sync
-    prompts = read_prompts(config.data.train, tokenizer, rollout.max_prompt_tokens, config.data.chat_template)
+    prompts = read_prompts(config.data.train, tokenizer, rollout.max_prompt_tokens, config.data)
     rewards = RewardPool(config.reward.workers, config.reward.timeout_s, tokenizer.decode)
     stack.callback(rewards.close)
     runner = stack.enter_context(asyncio.Runner())
@@ -320,7 +320,7 @@ def tell_outlook(settings: Settings, config: RlRun) -> None:
 
 def evaluation_prompts(config: RlRun | EvalRun, tokenizer: Tokenizer, max_prompt_tokens: int) -> tuple[Prompt, ...]:
     assert config.data.eval is not None
-    prompts = read_prompts(config.data.eval, tokenizer, max_prompt_tokens, config.data.chat_template)[: config.eval.prompts]
+    prompts = read_prompts(config.data.eval, tokenizer, max_prompt_tokens, config.data)[: config.eval.prompts]
     without = [prompt.id for prompt in prompts if not isinstance(prompt.metadata.get("forced_prefix"), str)]
     if config.eval.forced_prefix and without:
         raise UserError(f"eval.forced_prefix=true: prompt {without[0]!r} of {config.data.eval} has no metadata.forced_prefix")

@@ -8,6 +8,7 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_va
 
 from megatron_rl.config.algorithm import AlgorithmConfig, RoutingConfig
 from megatron_rl.config.base import Config
+from megatron_rl.config.data import DataConfig, EvalData
 from megatron_rl.config.model import ModelConfig, OptimizerConfig, ParallelConfig
 from megatron_rl.config.rollout import EngineConfig, RewardConfig, RolloutConfig
 
@@ -19,14 +20,6 @@ class DirConfig(Config):
 
 
 Resume = Literal[True, False, "auto"]  # auto: go on where a checkpoint exists; true: one must; false: the directory must be new
-
-
-class DataConfig(Config):
-    tokenizer: str  # a SentencePiece .model file or a Hugging Face directory
-    train: str  # JSONL of prompts
-    eval: str | None = None
-    chat_template: bool = False
-    shuffle: bool = True
 
 
 class CheckpointConfig(Config):
@@ -126,15 +119,9 @@ class SftRun(Config):
         return self
 
 
-class EvalData(Config):
-    eval: str  # JSONL of prompts
-    tokenizer: str | None = None  # null: the checkpoint's own
-    chat_template: bool = False
-
-
 class EvalRun(Config):
     out: str = Field(min_length=1)  # directory of summary.json and responses.jsonl
-    checkpoint: str = Field(min_length=1)  # a Hugging Face directory
+    checkpoint: str = Field(min_length=1)  # a Hugging Face directory, a conversion's, or a run's checkpoints/step_N
     data: EvalData
     engine: EngineConfig = EngineConfig()
     reward: RewardConfig = RewardConfig()

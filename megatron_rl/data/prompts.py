@@ -1,10 +1,9 @@
-"""Prompts for reinforcement learning: JSONL rows -> `Prompt`, and the endless stream a run draws from.
+"""Prompts for reinforcement learning: rows (data/sources.py, data/rows.py) -> `Prompt`, and the endless stream a run draws from.
 
-A row: {"prompt": str | "messages": [{"role", "content"}, ..], "answer": str, "verifier": str, "id"?: str, "domain"?: str,
-"metadata"?: object}. Without an id the line number is one.
+Without an id the number of the row is one.
 
 Invariants:
-- a row is either a Prompt or a UserError that names file, line and fault;
+- a row is either a Prompt or a UserError that names file, row and fault;
 - a prompt that is too long is counted and left out, never cut;
 - every epoch offers every prompt exactly once, whatever was saved, loaded and given back meanwhile;
 - an epoch's order depends on (seed, epoch, prompt ids) alone;
@@ -21,26 +20,27 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_rl import verifiers
+from megatron_rl.config.data import RowFormat
 from megatron_rl.config.errors import UserError
-from megatron_rl.data.jsonl import field, read_jsonl, refuse_unknown
 from megatron_rl.data.order import shuffled
+from megatron_rl.data.rows import our_row
+from megatron_rl.data.sources import Row, is_foreign, read_rows
 from megatron_rl.data.tokenizer import Message, Tokenizer
 from megatron_rl.types import Prompt
 
 log = logging.getLogger(__name__)
 
-_KEYS = ("id", "prompt", "messages", "answer", "verifier", "domain", "metadata")
+PLAIN = RowFormat()
 
 
-def read_prompts(path: str | Path, tokenizer: Tokenizer, max_prompt_tokens: int, chat_template: bool = False) -> tuple[Prompt, ...]:
-    """All prompts of at most `max_prompt_tokens` tokens, in file order. With `chat_template` a plain prompt is one user message."""
-    rows = [(where, _check(row, where, chat_template)) for where, row in read_jsonl(path)]
-    texts = [_text(row, tokenizer, chat_template) for _, row in rows]
+def read_prompts(source: str | Path, tokenizer: Tokenizer, max_prompt_tokens: int, format: RowFormat = PLAIN) -> tuple[Prompt, ...]:
+    """All prompts of at most `max_prompt_tokens` tokens, in file order."""
+    rows = [(where, our_row(row, where, format, is_foreign(source))) for where, row in read_rows(source)]
+    texts = [prompt_text(row, tokenizer, format.chat_template) for _, row in rows]
     prompts: dict[str, Prompt] = {}
     lines: dict[str, str] = {}
     for (where, row), text, tokens in zip(rows, texts, tokenizer.encode_many(texts), strict=True):
-        id = row.get("id", where.rpartition(":")[2])
+        id = row_id(row, where)
         if id in lines:
             raise UserError(f"{where}: id {id!r} is already used at {lines[id]}", exit_code=1)
         if not tokens:
@@ -53,45 +53,18 @@ def read_prompts(path: str | Path, tokenizer: Tokenizer, max_prompt_tokens: int,
     if len(kept) < len(prompts):
         longest = max(len(prompt.tokens) for prompt in prompts.values())
         counted = f"{len(prompts) - len(kept)} of {len(prompts)} prompts"
-        report = f"{path}: {counted} have more than {max_prompt_tokens} tokens (longest {longest})"
+        report = f"{source}: {counted} have more than {max_prompt_tokens} tokens (longest {longest})"
         if not kept:
             raise UserError(f"{report}; none is left", exit_code=1)
         log.warning("%s; they are left out", report)
     return kept
 
 
-def _check(row: dict[str, Any], where: str, chat_template: bool) -> dict[str, Any]:
-    refuse_unknown(row, _KEYS, where, hint="; anything else belongs under 'metadata'")
-    if ("prompt" in row) == ("messages" in row):
-        raise UserError(f"{where}: expected either 'prompt' or 'messages'", exit_code=1)
-    if "messages" in row:
-        _check_messages(field(row, "messages", list, where), where)
-        if not chat_template:
-            raise UserError(f"{where}: 'messages' need data.chat_template=true", exit_code=1)
-    for key in ("prompt", "id", "domain"):
-        if key in row:
-            field(row, key, str, where)
-    field(row, "answer", str, where)
-    metadata = field(row, "metadata", dict, where) if "metadata" in row else {}
-    fault = verifiers.fault(field(row, "verifier", str, where), metadata)
-    if fault:
-        raise UserError(f"{where}: {fault}", exit_code=1)
-    return row
+def row_id(row: Row, where: str) -> str:
+    return str(row.get("id", where.rpartition(":")[2]))
 
 
-def _check_messages(messages: list[Any], where: str) -> None:
-    if not messages:
-        raise UserError(f"{where}: 'messages' is empty", exit_code=1)
-    for i, message in enumerate(messages):
-        spot = f"{where}: messages[{i}]"
-        if not isinstance(message, dict):
-            raise UserError(f"{spot} must be an object with 'role' and 'content'", exit_code=1)
-        refuse_unknown(message, ("role", "content"), spot)
-        field(message, "role", str, spot)
-        field(message, "content", str, spot)
-
-
-def _text(row: dict[str, Any], tokenizer: Tokenizer, chat_template: bool) -> str:
+def prompt_text(row: Row, tokenizer: Tokenizer, chat_template: bool) -> str:
     if not chat_template:
         return str(row["prompt"])
     messages: list[Message] = row["messages"] if "messages" in row else [{"role": "user", "content": row["prompt"]}]
