@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_rl import rundir
 from megatron_rl.config import EvalRun, RlRun, SftRun, UserError
 from megatron_rl.config.model import ModelConfig
-from megatron_rl.config.rollout import EngineConfig
+from megatron_rl.config.rollout import EngineConfig, RewardConfig
 from megatron_rl.data.prompts import PromptStream, fingerprint, read_prompts
 from megatron_rl.data.sft import SftStream, read_sft
 from megatron_rl.data.tokenizer import Tokenizer, export_hf_tokenizer, load_tokenizer
@@ -35,6 +35,8 @@ from megatron_rl.observability.summary import read_rows, rl_summary
 from megatron_rl.observability.tracker import EVALUATIONS, METRICS, NullTracker, RunTracker
 from megatron_rl.ports import Tracker, WeightSink
 from megatron_rl.rewards.pool import RewardPool
+from megatron_rl.rewards.shaping import length_shape
+from megatron_rl.rewards.worker import Limits
 from megatron_rl.scheduler.messages import Settings
 from megatron_rl.scheduler.outlook import outlook
 from megatron_rl.types import EngineLost, Group, Prompt, RoutingShape, SamplingParams
@@ -97,7 +99,7 @@ def run_eval(config: EvalRun) -> None:
         set_up_logging(0)
         tokenizer = load_tokenizer(config.data.tokenizer or checkpoint)
         prompts = evaluation_prompts(config, tokenizer, config.max_prompt_tokens)
-        rewards = RewardPool(config.reward.workers, config.reward.timeout_s, tokenizer.decode)
+        rewards = reward_pool(config.reward, tokenizer, config.max_response_tokens)
         stack.callback(rewards.close)
         length = config.max_prompt_tokens + config.max_response_tokens
         engines = sglang_engines(config.engine, checkpoint, out, length, config.seed, stack)
@@ -249,6 +251,23 @@ class RolloutParts:
     evaluator: Evaluator | None = None
 
 
+def reward_pool(reward: RewardConfig, tokenizer: Tokenizer, max_response_tokens: int) -> RewardPool:
+    length = reward.length
+    shape = None
+    if length.method != "none":
+        numbers = length.model_dump(include={"correct", "correct_cap", "wrong", "cache_tokens"})
+        shape = length_shape(length.method, length.max_tokens or max_response_tokens, **numbers)
+    return RewardPool(
+        reward.workers,
+        reward.timeout_s,
+        tokenizer.decode,
+        limits=Limits(reward.cpu_s, reward.memory_mb),
+        metadata={"math_mode": reward.math_mode, "format": reward.format},
+        mixture=reward.mixture,
+        shape=shape,
+    )
+
+
 def rollout_parts(config: RlRun, run_dir: Path, tokenizer: Tokenizer, stop: StopFlag, stack: ExitStack) -> RolloutParts:
     from megatron_rl.engine.weights import EngineWeights
     from megatron_rl.loops.batches import usable_groups
@@ -258,7 +277,7 @@ def rollout_parts(config: RlRun, run_dir: Path, tokenizer: Tokenizer, stop: Stop
 
     rollout, algorithm, sync = config.rollout, config.algorithm, config.engine.sync
     prompts = read_prompts(config.data.train, tokenizer, rollout.max_prompt_tokens, config.data)
-    rewards = RewardPool(config.reward.workers, config.reward.timeout_s, tokenizer.decode)
+    rewards = reward_pool(config.reward, tokenizer, rollout.max_response_tokens)
     stack.callback(rewards.close)
     runner = stack.enter_context(asyncio.Runner())
     shape = architecture_only(config, run_dir, tokenizer)

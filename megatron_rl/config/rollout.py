@@ -89,7 +89,34 @@ class RolloutConfig(Config):
         return -(-self.max_response_tokens * self.pool_capacity // self.token_budget)
 
 
+class LengthConfig(Config):
+    """What a response's length adds to its value; lengths are tokens, clamped at `max_tokens`."""
+
+    method: Literal["none", "cosine", "soft_overlong"] = "none"
+    max_tokens: PositiveInt | None = None  # null: the longest response of the run
+    correct: tuple[float, float] = (0.5, -0.5)  # cosine: of a correct answer of no length, and of the greatest
+    correct_cap: float = 0.25  # and at most
+    wrong: tuple[float, float] = (-0.5, 0.0)  # the same of any other
+    cache_tokens: PositiveInt = 4096  # soft_overlong: the last so many before max_tokens cost up to 1
+
+    @model_validator(mode="after")
+    def _order(self) -> Self:
+        worst, best = 1.0 + min(*self.correct, self.correct_cap), max(self.wrong)
+        if self.method == "cosine" and worst <= best:
+            raise ValueError(f"a correct answer could be worth {worst:g} and a wrong one {best:g}: correct must be worth more")
+        if self.method == "soft_overlong" and self.max_tokens and self.cache_tokens > self.max_tokens:
+            raise ValueError(f"cache_tokens={self.cache_tokens} is more than max_tokens={self.max_tokens}")
+        return self
+
+
 class RewardConfig(Config):
     workers: PositiveInt = 1
-    timeout_s: PositiveFloat = 10.0
+    timeout_s: PositiveFloat = 10.0  # of wall time a response
+    cpu_s: PositiveFloat = 5.0  # of the worker's processor time a response
+    memory_mb: int = Field(default=4096, ge=256)  # of address space a worker
     exclude_failed: bool = True  # a timeout or error leaves the group instead of counting as zero
+    # where a prompt's metadata do not say it
+    math_mode: Literal["lenient", "strict"] = "lenient"
+    format: tuple[Literal["think", "answer", "boxed"], ...] = Field(default=("think", "boxed"), min_length=1)
+    mixture: dict[str, PositiveFloat] = Field(default_factory=dict)  # verifier -> weight; "own": the one that the prompt names
+    length: LengthConfig = LengthConfig()

@@ -5,8 +5,10 @@ batches, scores come back one by one, so that a hanging response is known by bei
 
 Invariants:
 - scores come back in the order of their rollouts, one each, whatever happened to the workers on the way;
-- a response that takes longer than `timeout_s` is a `timeout`, one that takes its worker down an `error`; the others of its batch
-  get their own scores, from another worker;
+- a response that takes longer than `timeout_s`, or more processor time than its worker may, is a `timeout`; one that takes its
+  worker down otherwise an `error`; the others of its batch get their own scores, from another worker;
+- a worker that has grown past `RETIRED_AT` is replaced between two batches: memory stays flat whatever verifiers leave behind;
+- what a length or a mixture does to rewards it does here, once, to judgements alone;
 - no process outlives the pool or the trainer, even one killed by SIGKILL;
 - the pool serves any event loop, several calls at once, and raises only if workers cannot start at all.
 """
@@ -19,6 +21,7 @@ import logging
 import os
 import pickle
 import queue
+import resource
 import signal
 import subprocess
 import sys
@@ -26,21 +29,29 @@ import tempfile
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from multiprocessing.reduction import send_handle
+from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from megatron_rl import verifiers
+from megatron_rl.config.errors import UserError
 from megatron_rl.rewards import worker
 from megatron_rl.types import Rollout, Score
+from megatron_rl.verifiers.mixture import OWN, mixed
 
 log = logging.getLogger(__name__)
 START_TIMEOUT_S = 300.0  # a second's imports, on a machine where everything else starts too
 BATCH = 32  # responses per message, at most; fewer where that lets every worker have some
 HATCH_ATTEMPTS = 3
 WARNINGS = 20  # different failures that are logged
+RETIRED_AT = 2**30  # bytes of resident memory; a fresh worker shares its nursery's, about 0.2 GB
+LIMITS = worker.Limits()
+OUT_OF_CPU = "killed by SIGXCPU"
+Shape = Callable[[Score, int], Score]  # a judgement and the tokens of its response
 
 
 class WorkersCannotStart(RuntimeError):
@@ -65,8 +76,22 @@ class RewardPool:
         timeout_s: float,
         decode: Callable[[Sequence[int]], str],
         modules: Mapping[str, str] = verifiers.MODULES,
+        *,
+        limits: worker.Limits = LIMITS,
+        metadata: Mapping[str, Any] = MappingProxyType({}),
+        mixture: Mapping[str, float] = MappingProxyType({}),
+        shape: Shape | None = None,
     ) -> None:
+        """`metadata` is what prompts leave open, `mixture` the weights of verifiers, `shape` what lengths do to judgements."""
         self._timeout_s = timeout_s
+        self._limits = limits
+        self._metadata = dict(metadata)
+        self._mixture = dict(mixture)
+        for name in set(mixture) - {OWN}:
+            if name not in verifiers.MODULES or name == "mixture":
+                known = ", ".join([OWN, *sorted(set(verifiers.MODULES) - {"mixture"})])
+                raise UserError(f"reward.mixture: unknown verifier {name!r}; known are {known}")
+        self._shape = shape
         self._decode = decode
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._closed = False
@@ -79,7 +104,7 @@ class RewardPool:
             thread.start()
 
     async def score(self, rollouts: Sequence[Rollout]) -> list[Score]:
-        items = [pickle.dumps((r.prompt.verifier, self._decode(r.tokens), replace(r.prompt, tokens=()))) for r in rollouts]
+        items = [self._item(rollout) for rollout in rollouts]
         size = max(1, min(BATCH, -(-len(items) // len(self._threads))))
         jobs = [_Job(items[i : i + size]) for i in range(0, len(items), size)]
         for job in jobs:
@@ -87,7 +112,10 @@ class RewardPool:
         batches = await asyncio.gather(*(asyncio.wrap_future(job.future) for job in jobs))
         scores = [score for batch in batches for score in batch]
         self._report(rollouts, scores)
-        return scores
+        shape = self._shape
+        if shape is None:
+            return scores
+        return [shape(s, len(r.tokens)) if s.is_judgement else s for r, s in zip(rollouts, scores, strict=True)]
 
     def close(self) -> None:
         self._closed = True
@@ -102,6 +130,10 @@ class RewardPool:
             job = self._jobs.get()
             if job:
                 job.future.cancel()
+
+    def _item(self, rollout: Rollout) -> bytes:
+        prompt = mixed(replace(rollout.prompt, tokens=(), metadata={**self._metadata, **rollout.prompt.metadata}), self._mixture)
+        return pickle.dumps((prompt.verifier, self._decode(rollout.tokens), prompt))
 
     def _report(self, rollouts: Sequence[Rollout], scores: Sequence[Score]) -> None:
         """The first failures of each kind, by name: they are the verifier's or the machine's, seldom the policy's."""
@@ -135,7 +167,7 @@ class RewardPool:
                 if self._closed:
                     raise WorkersCannotStart("the reward pool is closed")
                 if self._nursery is None or not self._nursery.alive:
-                    self._nursery = _Nursery(self._modules)
+                    self._nursery = _Nursery(self._modules, self._limits)
                 try:
                     return self._nursery.hatch()
                 except (EOFError, OSError):  # killed this moment
@@ -153,7 +185,7 @@ class RewardPool:
             return False
         alive = True
         while alive and len(job.scores) < len(job.items):
-            score = worker.next_score(self._timeout_s)
+            score = worker.next_score(self._timeout_s, self._limits.cpu_s)
             alive = score.status not in ("timeout", "error") or worker.alive
             job.scores.append(score)
         if len(job.scores) == len(job.items):
@@ -162,7 +194,7 @@ class RewardPool:
             job.future.set_exception(WorkersCannotStart("the reward pool was closed"))
         else:
             self._jobs.put(job)
-        return alive
+        return alive and not worker.retired()
 
 
 class _Worker:
@@ -172,7 +204,17 @@ class _Worker:
         self._nursery = nursery
         self._pid = pid
 
-    def next_score(self, timeout_s: float) -> Score:
+    def retired(self) -> bool:
+        """Whether it had to go for its size."""
+        try:
+            pages = int(Path(f"/proc/{self._pid}/statm").read_bytes().split()[1])
+        except OSError:  # it is gone by itself: the next batch will find that
+            return False
+        if pages * resource.getpagesize() > RETIRED_AT:
+            self._end()
+        return not self.alive
+
+    def next_score(self, timeout_s: float, cpu_s: float) -> Score:
         """What it sends, or why it will send nothing more (then `alive` is False)."""
         try:
             if self.connection.poll(timeout_s):
@@ -181,7 +223,10 @@ class _Worker:
             self._end()
             return Score(0.0, "timeout", reason=f"no verdict within reward.timeout_s={timeout_s:g}", seconds=timeout_s)
         except (EOFError, OSError):
-            return Score(0.0, "error", reason=f"the verifier took its process down: {self._end()}")
+            end = self._end()
+            if end == OUT_OF_CPU:
+                return Score(0.0, "timeout", reason=f"no verdict within reward.cpu_s={cpu_s:g}", seconds=cpu_s)
+            return Score(0.0, "error", reason=f"the verifier took its process down: {end}")
 
     def _end(self) -> str:
         self.alive = False
@@ -193,11 +238,11 @@ class _Worker:
 class _Nursery:
     """rewards.worker's `main` as a child process. It dies with the thread that makes it: the kernel counts threads as parents."""
 
-    def __init__(self, modules: Mapping[str, str]) -> None:
+    def __init__(self, modules: Mapping[str, str], limits: worker.Limits) -> None:
         self._lock = threading.Lock()
         self._control, theirs = Pipe()
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (it lives as long as the process)
-        arguments = [str(theirs.fileno()), str(os.getpid()), json.dumps(modules)]
+        arguments = [str(theirs.fileno()), str(os.getpid()), json.dumps(modules), json.dumps(asdict(limits))]
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-m", worker.__name__, *arguments],
             stdin=subprocess.DEVNULL,

@@ -6,6 +6,9 @@ The nursery is small and has one thread, so that forking it is safe and cheap wh
 Over a socket pair each: nursery <- ("fork",) + a file descriptor -> pid; ("reap", pid) -> wait status. worker <- list of pickled
 (verifier, response, prompt) -> a Score for each as soon as it is there.
 
+Limits, set by the worker on itself and kept by the kernel: address space (`memory`; beyond it a MemoryError), processor time per
+response (`cpu`; SIGXCPU), the size of any file, no core dumps; standard streams lead nowhere.
+
 Invariants: a process whose parent is gone does not live on, however the parent died and whatever the process was doing; an idle one
 uses no CPU; a verifier that raises or returns nonsense is an `error` of that response, not the end of the worker.
 """
@@ -22,7 +25,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from multiprocessing.reduction import recv_handle
 from typing import Any
@@ -32,14 +35,21 @@ from megatron_rl.verifiers import load
 
 Verify = Callable[[str, Prompt], Score]
 PR_SET_PDEATHSIG = 1
-MEMORY_BYTES = 4 * 2**30  # of address space; beyond it a verifier gets a MemoryError
+FILE_BYTES = 64 * 2**20
 TEXT_LIMIT = 500  # characters of `extracted` and `reason` that come back
+
+
+@dataclass(frozen=True)
+class Limits:
+    cpu_s: float = 5.0  # per response
+    memory_mb: int = 4096  # of address space
 
 
 def main() -> None:
     control: Connection[Any, Any] = Connection(int(sys.argv[1]))
     die_with(int(sys.argv[2]))
     verifiers = {name: load(module) for name, module in json.loads(sys.argv[3]).items()}
+    limits = Limits(**json.loads(sys.argv[4]))
     nursery = os.getpid()
     control.send("ready")
     while True:
@@ -54,7 +64,7 @@ def main() -> None:
                 os.setpgid(0, 0)  # what a verifier starts is killed with it
                 die_with(nursery)
                 control.close()
-                serve(Connection(handle), verifiers)
+                serve(Connection(handle), verifiers, limits)
             os.close(handle)
             control.send(pid)
         else:
@@ -68,10 +78,11 @@ def die_with(parent: int) -> None:
         os._exit(1)
 
 
-def serve(connection: Connection[Any, Any], verifiers: Mapping[str, Verify]) -> None:
+def serve(connection: Connection[Any, Any], verifiers: Mapping[str, Verify], limits: Limits) -> None:
     """A worker's life; does not return."""
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    memory = limits.memory_mb * 2**20
+    for kind, limit in ((resource.RLIMIT_AS, memory), (resource.RLIMIT_FSIZE, FILE_BYTES), (resource.RLIMIT_CORE, 0)):
+        resource.setrlimit(kind, (limit, limit))
     silence = os.open(os.devnull, os.O_RDWR)
     for stream in range(3):
         os.dup2(silence, stream)
@@ -79,9 +90,16 @@ def serve(connection: Connection[Any, Any], verifiers: Mapping[str, Verify]) -> 
         connection.send("ready")
         while True:
             for item in connection.recv():
+                limit_cpu(limits.cpu_s)
                 connection.send(judge(item, verifiers))
     except (EOFError, BrokenPipeError):
         os._exit(0)
+
+
+def limit_cpu(seconds: float) -> None:
+    """From now on. The kernel counts whole seconds of the process's whole life."""
+    limit = math.ceil(time.process_time() + seconds)
+    resource.setrlimit(resource.RLIMIT_CPU, (limit, resource.RLIM_INFINITY))
 
 
 def judge(item: bytes, verifiers: Mapping[str, Verify]) -> Score:

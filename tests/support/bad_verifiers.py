@@ -6,8 +6,11 @@ import os
 import signal
 import subprocess
 import time
+from pathlib import Path
 
 from megatron_rl.types import Prompt, Score
+
+hoard: list[bytes] = []
 
 
 def verify(response: str, prompt: Prompt) -> Score:
@@ -27,6 +30,10 @@ def verify(response: str, prompt: Prompt) -> Score:
         return Score(float("nan"), "correct")
     if what == "memory":
         bytearray(64 * 2**30)
+    if what == "grow":
+        hoard.append(b"x" * (int(argument) * 2**20))
+    if what == "file":
+        Path(argument).write_bytes(bytes(128 * 2**20))
     if what == "close":
         os.closerange(3, 100)
         signal.pause()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import os
 import signal
 import subprocess
@@ -11,11 +12,19 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
+from megatron_rl import verifiers
+from megatron_rl.config.errors import UserError
+from megatron_rl.config.rollout import LengthConfig
 from megatron_rl.rewards.pool import RewardPool, WorkersCannotStart
+from megatron_rl.rewards.shaping import length_shape
+from megatron_rl.rewards.worker import FILE_BYTES, Limits
 from megatron_rl.types import Prompt, Rollout, Score
+from megatron_rl.verifiers.mixture import OWN
 
 SUPPORT = Path(__file__).resolve().parents[1] / "support"
 TIMEOUT_S = 1.0
@@ -249,6 +258,71 @@ def test_workers_that_cannot_start_say_why() -> None:
             score(pool, ["ok 1"])
     finally:
         pool.close()
+
+
+def limited_pool(**settings: Any) -> RewardPool:
+    modules = {"bad": "bad_verifiers"} | {name: verifiers.MODULES[name] for name in ("exact", "format", "mixture")}
+    return RewardPool(1, 20.0, lambda tokens: "".join(map(chr, tokens)), modules, **settings)
+
+
+@pytest.fixture
+def bad_verifiers_on_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(SUPPORT))
+
+
+@pytest.mark.usefixtures("bad_verifiers_on_path")
+def test_limits_of_a_worker(tmp_path: Path) -> None:
+    pool = limited_pool(limits=Limits(cpu_s=1.0, memory_mb=2048))
+    try:
+        hung, file, grown, fresh, big = score(pool, ["hang", f"file {tmp_path / 'file'}", "grow 1100", "ok 1", "grow 3000"])
+        assert (hung.status, hung.reason) == ("timeout", "no verdict within reward.cpu_s=1")
+        assert (file.status, "File too large" in file.reason) == ("error", True)
+        assert (tmp_path / "file").stat().st_size <= FILE_BYTES
+        assert (big.status, big.reason) == ("error", "MemoryError: ")
+        assert grown.extracted == fresh.extracted  # one worker in one batch
+        (next_batch,) = score(pool, ["ok 1"])
+        assert next_batch.extracted != grown.extracted  # the grown one is gone
+    finally:
+        pool.close()
+
+
+@pytest.mark.usefixtures("bad_verifiers_on_path")
+def test_weights_and_lengths_make_the_value_and_leave_the_status() -> None:
+    shape = length_shape("cosine", 10, correct=(0.5, -0.5), correct_cap=0.25, wrong=(-0.5, 0.0), cache_tokens=1)
+    pool = limited_pool(mixture={OWN: 3, "format": 1}, shape=shape, metadata={"format": ["boxed"]})
+    try:
+        right, wrong = asyncio.run(pool.score(rollouts([r"\boxed{1}", "1"], "exact", answer=r"\boxed{1}")))
+        (failed,) = asyncio.run(pool.score(rollouts(["1"], "absent")))
+    finally:
+        pool.close()
+    assert (right.status, right.value) == ("correct", pytest.approx(1.0 + 0.5 * math.cos(math.pi * 0.9)))
+    assert right.reason.endswith("; length -0.476")
+    assert (wrong.status, wrong.value) == ("wrong", pytest.approx(-0.25 * (1 + math.cos(math.pi * 0.1))))
+    assert (failed.status, failed.value) == ("error", 0.0)  # no length counts where nothing was judged
+
+
+def test_length_shapes() -> None:
+    numbers: dict[str, Any] = {"correct": (0.5, -0.5), "correct_cap": 0.25, "wrong": (-0.5, 0.0), "cache_tokens": 20}
+    right, wrong = Score(1.0, "correct", reason="x"), Score(0.0, "wrong")
+    cosine = length_shape("cosine", 100, **numbers)
+    assert [cosine(right, n).value for n in (0, 50, 100, 200)] == pytest.approx([1.25, 1.0, 0.5, 0.5])
+    assert [cosine(wrong, n).value for n in (0, 50, 100)] == pytest.approx([-0.5, -0.25, 0.0])
+    assert min(cosine(right, n).value for n in range(120)) > max(cosine(wrong, n).value for n in range(120))
+    overlong = length_shape("soft_overlong", 100, **numbers)
+    assert [overlong(right, n).value for n in (80, 90, 100)] == [1.0, 0.5, 0.0]
+    assert overlong(right, 90) == Score(0.5, "correct", reason="x; length -0.5")
+
+
+def test_a_wrong_answer_is_never_worth_more_by_configuration() -> None:
+    with pytest.raises(ValidationError, match=r"a correct answer could be worth 0\.5 and a wrong one 0.6"):
+        LengthConfig(method="cosine", wrong=(0.6, 0.0))
+    with pytest.raises(ValidationError, match="cache_tokens=4096 is more than max_tokens=100"):
+        LengthConfig(method="soft_overlong", max_tokens=100)
+
+
+def test_a_mixture_of_an_unknown_verifier_is_refused_by_name() -> None:
+    with pytest.raises(UserError, match=r"reward\.mixture: unknown verifier 'maths'"):
+        RewardPool(1, 1.0, str, mixture={"maths": 1.0})
 
 
 def test_the_real_verifiers_in_a_pool() -> None:
