@@ -90,13 +90,12 @@ def run_sft(config: SftRun) -> None:
 
 
 def run_eval(config: EvalRun) -> None:
-    out, checkpoint = Path(config.out), Path(config.checkpoint)
-    for pattern in ("config.json", "*.safetensors"):
-        if not list(checkpoint.glob(pattern)):
-            raise UserError(f"checkpoint={checkpoint}: no Hugging Face checkpoint there ({pattern} is missing)", exit_code=1)
+    out = Path(config.out)
     with ExitStack() as stack:
+        check_checkpoint(Path(config.checkpoint))
         stack.enter_context(rundir.owned("out", out))
         set_up_logging(0)
+        checkpoint = hf_checkpoint(Path(config.checkpoint), out)
         tokenizer = load_tokenizer(config.data.tokenizer or checkpoint)
         prompts = evaluation_prompts(config, tokenizer, config.max_prompt_tokens)
         rewards = reward_pool(config.reward, tokenizer, config.max_response_tokens)
@@ -123,6 +122,29 @@ def run_eval(config: EvalRun) -> None:
     write_summary(out, metrics | {"checkpoint": str(checkpoint), "prompts": len(evaluator.prompts)})
     for name, value in metrics.items():
         print(f"{name:28} {value:.4g}")
+
+
+def check_checkpoint(path: Path) -> None:
+    if not (path / ".metadata").is_file():
+        for pattern in ("config.json", "*.safetensors"):
+            if not list(path.glob(pattern)):
+                raise UserError(
+                    f"checkpoint={path}: neither a Hugging Face checkpoint ({pattern} is missing) nor a Megatron one (.metadata is)",
+                    exit_code=1,
+                )
+
+
+def hf_checkpoint(path: Path, folder: Path) -> Path:
+    """What engines can start from: `path` itself, or a Megatron checkpoint converted into `folder`, once."""
+    metadata = path / ".metadata"
+    if not metadata.is_file():
+        return path
+    converted = folder / f"hf_{path.name}_{metadata.stat().st_mtime_ns:x}"
+    if not converted.exists():
+        from megatron_rl.convert import megatron_to_hf
+
+        megatron_to_hf(path, converted, dtype=None, bucket_bytes=EXPORT_BUCKET_BYTES)
+    return converted
 
 
 def evaluation_through_losses(evaluator: Evaluator, engines: SglangEngines, responses: Responses) -> dict[str, float]:
