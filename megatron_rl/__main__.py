@@ -110,9 +110,15 @@ def run(verb: str, config: RlRun | SftRun | EvalRun) -> None:
             return
     if under_torchrun:
         die_with_parent()
-    from megatron_rl import assemble  # torch and Megatron are not needed to refuse a configuration
+    from megatron_rl import assemble, evaluation  # torch and Megatron are not needed to refuse a configuration
 
-    assemble.RUN[type(config)](config)
+    match config:
+        case RlRun():
+            assemble.run_rl(config)
+        case SftRun():
+            assemble.run_sft(config)
+        case EvalRun():
+            evaluation.run_eval(config)
 
 
 if __name__ == "__main__":

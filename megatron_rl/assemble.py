@@ -11,7 +11,6 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,11 +21,10 @@ from megatron_rl import rundir
 from megatron_rl.config import EvalRun, RlRun, SftRun, UserError
 from megatron_rl.config.model import ModelConfig
 from megatron_rl.config.rollout import EngineConfig, RewardConfig
-from megatron_rl.data.prompts import PromptStream, fingerprint, read_prompts
+from megatron_rl.data.prompts import PromptStream, read_prompts
 from megatron_rl.data.sft import SftStream, read_sft
 from megatron_rl.data.tokenizer import Tokenizer, export_hf_tokenizer, load_tokenizer
 from megatron_rl.loops.evaluate import Evaluator
-from megatron_rl.loops.responses import Responses
 from megatron_rl.loops.signals import StopFlag
 from megatron_rl.observability.alarms import mismatch_alarms
 from megatron_rl.observability.console import set_up_logging
@@ -39,7 +37,7 @@ from megatron_rl.rewards.shaping import length_shape
 from megatron_rl.rewards.worker import Limits
 from megatron_rl.scheduler.messages import Settings
 from megatron_rl.scheduler.outlook import outlook
-from megatron_rl.types import EngineLost, Group, Prompt, RoutingShape, SamplingParams
+from megatron_rl.types import Group, Prompt, RoutingShape, SamplingParams
 
 if TYPE_CHECKING:
     from megatron_rl.checkpoint.store import CheckpointStore
@@ -87,77 +85,6 @@ def run_sft(config: SftRun) -> None:
             write_summary(run_dir, {"sft_steps": config.run.steps, "seconds_sft": round(time.monotonic() - started, 1)})
             farewell(complete, run_dir)
         stop.exit_if_requested(complete)
-
-
-def run_eval(config: EvalRun) -> None:
-    out = Path(config.out)
-    with ExitStack() as stack:
-        check_checkpoint(Path(config.checkpoint))
-        stack.enter_context(rundir.owned("out", out))
-        set_up_logging(0)
-        checkpoint = hf_checkpoint(Path(config.checkpoint), out)
-        tokenizer = load_tokenizer(config.data.tokenizer or checkpoint)
-        prompts = evaluation_prompts(config, tokenizer, config.max_prompt_tokens)
-        rewards = reward_pool(config.reward, tokenizer, config.max_response_tokens)
-        stack.callback(rewards.close)
-        length = config.max_prompt_tokens + config.max_response_tokens
-        engines = sglang_engines(config.engine, checkpoint, out, length, config.seed, stack)
-        engines.start()
-        evaluator = Evaluator(
-            config=config.eval,
-            prompts=prompts,
-            sampling=sampling_params(1.0, config.max_response_tokens, tokenizer),
-            engines=engines,
-            rewards=rewards,
-            encode=tokenizer.encode,
-            decode=tokenizer.decode,
-            runner=stack.enter_context(asyncio.Runner()),
-            seed=config.seed,
-        )
-        about = config.model_dump(mode="json", exclude={"out", "engine"}) | {"prompts": fingerprint(prompts)}
-        responses = Responses(out / "responses.jsonl", about)
-        if responses.rows:
-            log.info("going on: %d samples are in %s already", len(responses.rows), out)
-        metrics = evaluation_through_losses(evaluator, engines, responses)
-    write_summary(out, metrics | {"checkpoint": str(checkpoint), "prompts": len(evaluator.prompts)})
-    for name, value in metrics.items():
-        print(f"{name:28} {value:.4g}")
-
-
-def check_checkpoint(path: Path) -> None:
-    if not (path / ".metadata").is_file():
-        for pattern in ("config.json", "*.safetensors"):
-            if not list(path.glob(pattern)):
-                raise UserError(
-                    f"checkpoint={path}: neither a Hugging Face checkpoint ({pattern} is missing) nor a Megatron one (.metadata is)",
-                    exit_code=1,
-                )
-
-
-def hf_checkpoint(path: Path, folder: Path) -> Path:
-    """What engines can start from: `path` itself, or a Megatron checkpoint converted into `folder`, once."""
-    metadata = path / ".metadata"
-    if not metadata.is_file():
-        return path
-    converted = folder / f"hf_{path.name}_{metadata.stat().st_mtime_ns:x}"
-    if not converted.exists():
-        from megatron_rl.convert import megatron_to_hf
-
-        megatron_to_hf(path, converted, dtype=None, bucket_bytes=EXPORT_BUCKET_BYTES)
-    return converted
-
-
-def evaluation_through_losses(evaluator: Evaluator, engines: SglangEngines, responses: Responses) -> dict[str, float]:
-    """Engines that are lost come back, up to engine.max_restarts times; what was judged before stays."""
-    while True:
-        try:
-            return evaluator.metrics(responses)
-        except EngineLost as error:
-            log.warning("%s", error)
-            engines.recover()
-
-
-RUN: dict[type, Callable[[Any], None]] = {RlRun: run_rl, SftRun: run_sft, EvalRun: run_eval}
 
 
 @dataclass(frozen=True)
