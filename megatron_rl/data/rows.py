@@ -23,6 +23,7 @@ from megatron_rl.data.jsonl import field, refuse_unknown
 from megatron_rl.data.sources import Row
 
 KEYS = ("id", "prompt", "messages", "answer", "verifier", "domain", "metadata")
+QUESTIONS = ("prompt", "messages", "question", "problem")  # columns that hold a question, in files of anyone's making
 ABILITIES = {"math": "math", "MATH": "math"}  # verl's `ability` -> the verifier
 
 
@@ -43,6 +44,19 @@ def our_row(row: Row, where: str, format: RowFormat, foreign: bool = False) -> R
     row = {key: value for key, value in defaults.items() if value is not None} | row
     _check(row, where, format)
     return row | {"answer": _final(row["answer"], where, format.answer_after)}
+
+
+def question(row: Row, where: str, column: str | None = None) -> str:
+    """What is asked in a row, whatever its format; of messages, those of the user."""
+    name = column or next((name for name in QUESTIONS if name in row), None)
+    if name is None or name not in row:
+        wanted = repr(name) if name else " or ".join(map(repr, QUESTIONS))
+        raise UserError(f"{where}: no column {wanted}; there are {', '.join(row)}", exit_code=1)
+    value = row[name]
+    if isinstance(value, list):
+        _check_messages(value, where)
+        return "\n".join(message["content"] for message in value if message["role"] == "user")
+    return str(field(row, name, str, where))
 
 
 def is_verl(row: Row) -> bool:
