@@ -49,7 +49,7 @@ _FRAMED = re.compile(r"\\(?:text|mbox|mathrm|textrm) ?\{(?P<unit>[^{}]*)\}(?P<po
 _PLAIN_UNIT = re.compile(r"(?<=[\d.})\s])(?:\\?(?P<percent>%)|(?P<unit>[a-z]{2,}))\.?$")
 MAX_DIGITS = 400  # of one number
 MAX_DEPTH = 40  # of braces, and of brackets
-_DIGITS = re.compile(rf"[\d,.]{{{MAX_DIGITS}}}")
+_DIGITS = re.compile(rf"\d{{{MAX_DIGITS}}}")
 
 
 def final_text(response: str) -> str:
