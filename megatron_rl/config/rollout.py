@@ -109,6 +109,17 @@ class LengthConfig(Config):
         return self
 
 
+class CodeConfig(Config):
+    """Programs of responses, in sandboxes."""
+
+    marks: Literal["all", "fraction"] = "all"  # all: 1 if every test passes, else 0; fraction: the share that passes
+    timeout_s: PositiveFloat = 5.0  # of wall time a response, and of processor time a process
+    memory_mb: int = Field(default=512, ge=64)  # of resident memory a sandbox, and of address space a process
+    processes: int = Field(default=16, ge=2)  # of a sandbox, threads included
+    output_kb: PositiveInt = 1024  # that a program may write per test
+    unsafe: bool = False  # where no sandbox can be made: run programs without one
+
+
 class RewardConfig(Config):
     workers: PositiveInt = 1
     timeout_s: PositiveFloat = 10.0  # of wall time a response
@@ -120,3 +131,4 @@ class RewardConfig(Config):
     format: tuple[Literal["think", "answer", "boxed"], ...] = Field(default=("think", "boxed"), min_length=1)
     mixture: dict[str, PositiveFloat] = Field(default_factory=dict)  # verifier -> weight; "own": the one that the prompt names
     length: LengthConfig = LengthConfig()
+    code: CodeConfig = CodeConfig()

@@ -27,7 +27,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field, replace
 from multiprocessing import Pipe
@@ -39,8 +39,8 @@ from typing import Any
 
 from megatron_rl import verifiers
 from megatron_rl.config.errors import UserError
-from megatron_rl.rewards import worker
-from megatron_rl.types import Rollout, Score
+from megatron_rl.rewards import sandbox, worker
+from megatron_rl.types import Prompt, Rollout, Score
 from megatron_rl.verifiers.mixture import OWN, mixed
 
 log = logging.getLogger(__name__)
@@ -81,10 +81,13 @@ class RewardPool:
         metadata: Mapping[str, Any] = MappingProxyType({}),
         mixture: Mapping[str, float] = MappingProxyType({}),
         shape: Shape | None = None,
+        code: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
-        """`metadata` is what prompts leave open, `mixture` the weights of verifiers, `shape` what lengths do to judgements."""
+        """`metadata` is what prompts leave open, `mixture` the weights of verifiers, `shape` what lengths do to judgements, `code`
+        the settings of the verifier of that name."""
         self._timeout_s = timeout_s
         self._limits = limits
+        self._code = dict(code)
         self._metadata = dict(metadata)
         self._mixture = dict(mixture)
         for name in set(mixture) - {OWN}:
@@ -103,7 +106,14 @@ class RewardPool:
         for thread in self._threads:  # they start their workers at once: warm by the time the first response is there
             thread.start()
 
+    def expect(self, prompts: Iterable[Prompt]) -> None:
+        """A UserError now, rather than at the first response, where no answer to one of these prompts could be judged here."""
+        names = {name for prompt in prompts for name in (prompt.verifier, *prompt.metadata.get("mixture", ()))}
+        if "code" in names | set(self._mixture):
+            sandbox.require(bool(self._code.get("unsafe")))
+
     async def score(self, rollouts: Sequence[Rollout]) -> list[Score]:
+        self.expect(rollout.prompt for rollout in rollouts)
         items = [self._item(rollout) for rollout in rollouts]
         size = max(1, min(BATCH, -(-len(items) // len(self._threads))))
         jobs = [_Job(items[i : i + size]) for i in range(0, len(items), size)]
@@ -167,7 +177,7 @@ class RewardPool:
                 if self._closed:
                     raise WorkersCannotStart("the reward pool is closed")
                 if self._nursery is None or not self._nursery.alive:
-                    self._nursery = _Nursery(self._modules, self._limits)
+                    self._nursery = _Nursery(self._modules, self._limits, self._code)
                 try:
                     return self._nursery.hatch()
                 except (EOFError, OSError):  # killed this moment
@@ -238,11 +248,11 @@ class _Worker:
 class _Nursery:
     """rewards.worker's `main` as a child process. It dies with the thread that makes it: the kernel counts threads as parents."""
 
-    def __init__(self, modules: Mapping[str, str], limits: worker.Limits) -> None:
+    def __init__(self, modules: Mapping[str, str], limits: worker.Limits, code: Mapping[str, Any]) -> None:
         self._lock = threading.Lock()
         self._control, theirs = Pipe()
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (it lives as long as the process)
-        arguments = [str(theirs.fileno()), str(os.getpid()), json.dumps(modules), json.dumps(asdict(limits))]
+        arguments = [str(theirs.fileno()), str(os.getpid()), json.dumps(modules), json.dumps(asdict(limits)), json.dumps(code)]
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-m", worker.__name__, *arguments],
             stdin=subprocess.DEVNULL,

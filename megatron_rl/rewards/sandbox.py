@@ -22,6 +22,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import marshal
 import math
 import os
 import select
@@ -42,7 +43,7 @@ from typing import Any
 import psutil  # type: ignore[import-untyped]
 
 from megatron_rl.config.errors import UserError
-from megatron_rl.rewards import seccomp
+from megatron_rl.rewards import cell, seccomp
 from megatron_rl.rewards.cell.channel import Channel
 
 TMP_MB = 64  # of the private /tmp, which lies in memory
@@ -51,7 +52,9 @@ MESSAGE_LIMIT = 8 * 2**20  # bytes that a response can make the reader hold
 LOOK_S = 0.2  # between two looks at a cell's memory
 END_S = 10.0  # for a killed cell's processes to be gone
 FIRST_UID = 2**30  # beyond any real user's
-HARNESS, PYTHON = "/harness", "/python"  # inside
+PYTHON, INSIDE = "/python", "/python/bin/python"  # folder and interpreter, as a cell sees them
+CELL = Path(__file__).parent / "cell"
+PARTS = ("channel", "values", "program")  # of `cell`, that its roles import
 REFUSAL = "reward.code.unsafe=true runs the programs of responses all the same, with this machine's files and network open to them"
 
 _serial = itertools.count()
@@ -109,23 +112,28 @@ class Cell:
         ours, theirs = socket.socketpair()
         sockets = [theirs.fileno(), *(peer.fileno() for peer in peers)]
         with contextlib.ExitStack() as opened:
+
+            def pipe_with(data: bytes) -> int:
+                reader = _pipe_with(data)
+                opened.callback(os.close, reader)
+                return reader
+
             opened.callback(theirs.close)
+            code = pipe_with(bundle(role))
+            fds = [*sockets, code]
             if missing():
                 require(unsafe)
                 self._home = tempfile.TemporaryDirectory(prefix="unsafe-")
-                command, extra, self._info = (
-                    [*interpreter(_python(), _package_root()), *arguments(role, limits, 0, 0, sockets)],
-                    [],
-                    -1,
-                )
+                self._info = -1
+                command = [*interpreter(_python(), code), *arguments(role, limits, 0, 0, sockets)]
             else:
                 self._info, info = os.pipe()
-                filter = _pipe_with(seccomp.program())
-                for fd in (info, filter):
-                    opened.callback(os.close, fd)
+                opened.callback(os.close, info)
+                filter = pipe_with(seccomp.program())
+                fds += [info, filter]
                 uid = FIRST_UID + os.getpid() * 4 + next(_serial) % 4 if os.geteuid() == 0 else 0
-                inner = [*interpreter(f"{PYTHON}/bin/python", HARNESS), *arguments(role, limits, uid, limits.processes, sockets)]
-                command, extra = ["bwrap", "--info-fd", str(info), "--seccomp", str(filter), *walls(), "--", *inner], [info, filter]
+                command = ["bwrap", "--info-fd", str(info), "--seccomp", str(filter), *walls(), "--"]
+                command += [*interpreter(INSIDE, code), *arguments(role, limits, uid, limits.processes, sockets)]
             self._process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
@@ -133,7 +141,7 @@ class Cell:
                 stderr=subprocess.DEVNULL,
                 env={} if self._home else {"PATH": os.environ.get("PATH", os.defpath)},
                 cwd=self._home.name if self._home else "/",
-                pass_fds=[*sockets, *extra],
+                pass_fds=fds,
                 start_new_session=True,
             )
         self._channel = _TimedChannel(ours)
@@ -157,9 +165,9 @@ class Cell:
         """The next message. The memory of this cell and of those `watched` is looked at meanwhile."""
         self._channel.deadline = deadline
         while not self._channel.is_readable_within(LOOK_S):
-            for cell in (self, *watched):
-                if cell.is_over_its_memory():
-                    raise Ended(cell.end())
+            for one in (self, *watched):
+                if one.is_over_its_memory():
+                    raise Ended(one.end())
         try:
             return self._channel.receive()
         except TimeoutError:
@@ -181,10 +189,7 @@ class Cell:
 
     def end(self) -> str:
         """How it ended, in words; ends it where it has not."""
-        if not self._fault:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(1.0)
-        code = self._process.poll()
+        code = None if self._fault or not self._ends_within(1.0) else self._process.wait()
         self.close()
         if self._fault or code is None:
             return self._fault or "it closed its channel"
@@ -218,11 +223,19 @@ class Cell:
         else:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
-        try:
-            self._process.wait(END_S)
-        except subprocess.TimeoutExpired:
+        if not self._ends_within(END_S):
             self._process.kill()
-            self._process.wait()
+        self._process.wait()
+
+    def _ends_within(self, seconds: float) -> bool:
+        """`Popen.wait` with a timeout looks every few milliseconds; this is told."""
+        if self._process.returncode is not None:
+            return True
+        handle = os.pidfd_open(self._process.pid)
+        try:
+            return bool(select.select([handle], [], [], seconds)[0])
+        finally:
+            os.close(handle)
 
 
 @contextlib.contextmanager
@@ -251,7 +264,7 @@ def missing() -> str:
     except LookupError as error:
         return str(error)
     try:
-        command = ["bwrap", "--seccomp", str(filter), *walls(), "--", *interpreter(f"{PYTHON}/bin/python", HARNESS, "pass")]
+        command = ["bwrap", "--seccomp", str(filter), *walls(), "--", INSIDE, "-I", "-S", "-c", "pass"]
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", pass_fds=[filter], timeout=60, check=False)
     except subprocess.TimeoutExpired:
         return "a trial of bubblewrap did not end within 60 s"
@@ -261,7 +274,8 @@ def missing() -> str:
     return "" if done.returncode == 0 else f"bubblewrap cannot make one: {words[-1] if words else f'exit code {done.returncode}'}"
 
 
-def walls() -> list[str]:
+@lru_cache(maxsize=1)
+def walls() -> tuple[str, ...]:
     """bubblewrap's arguments, but for what differs from cell to cell."""
     out = ["--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts", "--unshare-cgroup-try", "--hostname", "sandbox"]
     out += ["--die-with-parent", "--new-session", "--clearenv", "--cap-drop", "ALL"]
@@ -269,7 +283,7 @@ def walls() -> list[str]:
         out += ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]  # for cell.start, which has none after that
     else:
         out += ["--unshare-user", "--uid", str(FIRST_UID), "--gid", str(FIRST_UID)]
-    for made in ("/usr", PYTHON, f"{PYTHON}/bin", HARNESS, f"{HARNESS}/megatron_rl", f"{HARNESS}/megatron_rl/rewards", "/dev"):
+    for made in ("/usr", PYTHON, f"{PYTHON}/bin", "/dev"):
         out += ["--perms", "0755", "--dir", made]  # those that bubblewrap makes by itself are closed to other users
     for folder in ("/lib", "/lib64", "/usr/lib", "/usr/lib64"):
         if Path(folder).is_symlink():
@@ -277,22 +291,33 @@ def walls() -> list[str]:
         elif Path(folder).is_dir():
             out += ["--ro-bind", folder, folder]
     libraries = Path(sys.base_prefix) / "lib"
-    out += ["--ro-bind", str(libraries), f"{PYTHON}/lib", "--ro-bind", _python(), f"{PYTHON}/bin/python"]
+    out += ["--ro-bind", str(libraries), f"{PYTHON}/lib", "--ro-bind", _python(), INSIDE]
     out += ["--setenv", "LD_LIBRARY_PATH", f"{PYTHON}/lib", "--setenv", "HOME", "/tmp"]
     version = Path(sysconfig.get_path("stdlib")).name
     for packages in (f"{version}/site-packages", f"{version}/dist-packages", "python3/dist-packages"):
         for host, inside in ((libraries, f"{PYTHON}/lib"), (Path("/usr/lib"), "/usr/lib")):
             if (host / packages).is_dir():
                 out += ["--tmpfs", f"{inside}/{packages}", "--remount-ro", f"{inside}/{packages}"]
-    out += ["--ro-bind", str(Path(__file__).parent / "cell"), f"{HARNESS}/megatron_rl/rewards/cell"]
     for device in ("/dev/null", "/dev/zero", "/dev/urandom"):
         out += ["--dev-bind", device, device]
-    return [*out, "--perms", "1777", "--size", str(TMP_MB * 2**20), "--tmpfs", "/tmp", "--chdir", "/tmp", "--remount-ro", "/"]
+    return (*out, "--perms", "1777", "--size", str(TMP_MB * 2**20), "--tmpfs", "/tmp", "--chdir", "/tmp", "--remount-ro", "/")
 
 
-def interpreter(python: str, root: str, action: str = "main()") -> list[str]:
-    """Isolated, without `site`: of installed packages nothing is seen."""
-    start = f"import sys; sys.path.insert(0, {root!r}); from megatron_rl.rewards.cell.start import main; {action}"
+@lru_cache(maxsize=8)
+def bundle(role: str) -> bytes:
+    """The modules of a role, compiled: a cell finds no file of this project, and compiles nothing."""
+    names = [*PARTS, role, "start"]
+    codes = [compile((CELL / f"{name}.py").read_bytes(), f"<{name}>", "exec", dont_inherit=True) for name in names]
+    return marshal.dumps([(f"{cell.__name__}.{name}", code) for name, code in zip(names, codes, strict=True)])
+
+
+def interpreter(python: str, bundle: int) -> list[str]:
+    """Isolated, without `site`: of installed packages nothing is seen. It loads the bundle that waits at a file descriptor."""
+    start = f"""import marshal, sys
+for name, code in marshal.load(open({bundle}, "rb")):
+    sys.modules[name] = module = type(sys)(name)
+    exec(code, module.__dict__)
+module.main()"""
     return [python, "-I", "-S", "-B", "-X", "utf8", "-c", start]
 
 
@@ -304,10 +329,6 @@ def arguments(role: str, limits: Limits, uid: int, processes: int, sockets: list
 def _python() -> str:
     """The interpreter outside of any virtual environment."""
     return str(Path(getattr(sys, "_base_executable", sys.executable)).resolve())
-
-
-def _package_root() -> str:
-    return str(Path(__file__).resolve().parents[2])
 
 
 def _pipe_with(data: bytes) -> int:

@@ -30,6 +30,7 @@ from multiprocessing.connection import Connection
 from multiprocessing.reduction import recv_handle
 from typing import Any
 
+from megatron_rl.rewards import code
 from megatron_rl.types import Prompt, Score
 from megatron_rl.verifiers import load
 
@@ -50,6 +51,7 @@ def main() -> None:
     die_with(int(sys.argv[2]))
     verifiers = {name: load(module) for name, module in json.loads(sys.argv[3]).items()}
     limits = Limits(**json.loads(sys.argv[4]))
+    code.configure(**json.loads(sys.argv[5]))
     nursery = os.getpid()
     control.send("ready")
     while True:

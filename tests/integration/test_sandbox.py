@@ -7,6 +7,7 @@ reward. Functions of `FRAUDS` want a verdict that their values do not deserve.
 from __future__ import annotations
 
 import ast
+import asyncio
 import gzip
 import json
 import os
@@ -30,7 +31,8 @@ import pytest
 from megatron_rl.config.errors import UserError
 from megatron_rl.rewards import sandbox
 from megatron_rl.rewards.code import Runner
-from megatron_rl.types import Prompt, Score
+from megatron_rl.rewards.pool import RewardPool
+from megatron_rl.types import Prompt, Rollout, Score
 
 PATIENT = Runner(timeout_s=40.0, memory_mb=256, processes=12, output_kb=64)
 HASTY = Runner(timeout_s=2.0, memory_mb=256, processes=12, output_kb=64)
@@ -99,10 +101,11 @@ ATTACKS = {
             except OSError: pass""",
     "writing where it was not asked to": """
         import os, sys
-        for folder in "/ /usr /usr/lib /harness /harness/megatron_rl/rewards/cell /python /python/lib /dev /lib".split():
+        for folder in "/ /usr /usr/lib /python /python/bin /python/lib /python/lib/python3.11 /dev /lib".split():
             try: open(folder + "/trace", "w"); print("WIN")
             except OSError: pass""",
-    "changing the harness for the next": "open('/harness/megatron_rl/rewards/cell/checks.py', 'a').write('x')\nprint('WIN')",
+    "changing the library for the next": "import os\nopen(os.__file__, 'a').write('x')\nprint('WIN')",
+    "reading the harness": "import megatron_rl\nprint('WIN')",
     "leaving a file in /tmp": "open('/tmp/{mark}', 'w').write('x')\nopen('{mark}', 'w').write('x')",
     "a symlink out of the box": """
         import os
@@ -365,6 +368,19 @@ def test_honest_programs_pass(host: dict[str, Any]) -> None:
     assert score.status == "correct", score
 
 
+def test_the_pool_gives_the_settings_to_its_workers_and_a_slow_program_holds_up_no_other() -> None:
+    texts = [f"```python\n{program}\n```" for program in ("print(input())", "print(1)", "while True: pass", "print(input())")]
+    prompt = Prompt("p", "", (1,), "", "code", metadata={"cases": [{"input": str(i), "output": str(i)} for i in range(2)]})
+    rollouts = [Rollout(f"0:p#{i}", prompt, i, (i,), (0.0,), (0,), "stop") for i in range(len(texts))]
+    pool = RewardPool(2, 60.0, lambda tokens: texts[tokens[0]], code={"marks": "fraction", "timeout_s": 4.0})
+    try:
+        scores = asyncio.run(pool.score(rollouts))
+    finally:
+        pool.close()
+    assert [(score.status, score.value) for score in scores] == [("correct", 1), ("wrong", 0.5), ("timeout", 0), ("correct", 1)]
+    assert "reward.code.timeout_s=4" in scores[2].reason
+
+
 def test_marks_by_fraction_count_what_passes() -> None:
     runner = Runner(marks="fraction", timeout_s=40.0)
     cases = [{"input": str(i), "output": str(i * i)} for i in range(4)]
@@ -436,6 +452,11 @@ def test_a_bubblewrap_that_does_not_work_is_no_sandbox(monkeypatch: pytest.Monke
     try:
         with pytest.raises(UserError, match="cannot make one: bwrap: setting up uid map: Permission denied"):
             sandbox.require(unsafe=False)
+        pool = RewardPool(1, 60.0, lambda tokens: "", {"exact": "megatron_rl.verifiers.exact"})
+        pool.expect([Prompt("p", "", (), "", "exact")])
+        with pytest.raises(UserError, match="needs a sandbox"):
+            pool.expect([Prompt("p", "", (), "", "mixture", metadata={"mixture": {"code": 1.0}})])
+        pool.close()
     finally:
         sandbox.missing.cache_clear()
 

@@ -1,12 +1,10 @@
 """The first code in a sandbox: give up what is left of privileges, set the limits, then become a role.
 
-Limits are hard: what runs later cannot raise them. The user id changes after the imports, since the interpreter may lie where
-only its owner can read.
+Limits are hard: what runs later cannot raise them.
 """
 
 from __future__ import annotations
 
-import importlib
 import os
 import resource
 import sys
@@ -19,7 +17,7 @@ FROM_WORKER = 2**30  # bytes of a message that no response wrote
 
 def main() -> None:
     role, uid, cpu_s, memory, processes, file_size, message, *fds = sys.argv[1:]
-    module = importlib.import_module(f"megatron_rl.rewards.cell.{role}")
+    module = sys.modules[f"megatron_rl.rewards.cell.{role}"]  # loaded before this one (`sandbox.bundle`)
     del sys.argv[1:]
     if int(uid):
         os.setgroups([])

@@ -10,7 +10,6 @@ import contextlib
 import os
 import signal
 import sys
-import traceback
 import types
 from typing import Any
 
@@ -73,7 +72,7 @@ def script(code: types.CodeType) -> int:
             return leave.code & 0xFF
         return 0 if leave.code is None else 1
     except BaseException:
-        traceback.print_exc()
+        sys.excepthook(*sys.exc_info())
         with contextlib.suppress(Exception):
             sys.stderr.flush()
         return 1
