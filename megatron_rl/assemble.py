@@ -214,6 +214,7 @@ def reward_pool(reward: RewardConfig, tokenizer: Tokenizer, max_response_tokens:
         metadata={"math_mode": reward.math_mode, "format": reward.format},
         mixture=reward.mixture,
         shape=shape,
+        code=reward.code.model_dump(),
     )
 
 
@@ -228,6 +229,7 @@ def rollout_parts(config: RlRun, run_dir: Path, tokenizer: Tokenizer, stop: Stop
     prompts = read_prompts(config.data.train, tokenizer, rollout.max_prompt_tokens, config.data)
     rewards = reward_pool(config.reward, tokenizer, rollout.max_response_tokens)
     stack.callback(rewards.close)
+    rewards.expect(prompts)
     runner = stack.enter_context(asyncio.Runner())
     shape = architecture_only(config, run_dir, tokenizer)
     dtype = config.model.dtype if config.engine.dtype == "auto" else config.engine.dtype

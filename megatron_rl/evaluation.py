@@ -42,6 +42,7 @@ def run_eval(config: EvalRun) -> None:
         prompts = evaluation_prompts(config, tokenizer, config.max_prompt_tokens)
         rewards = reward_pool(config.reward, tokenizer, config.max_response_tokens)
         stack.callback(rewards.close)
+        rewards.expect(prompts)
         length = config.max_prompt_tokens + config.max_response_tokens
         engines = sglang_engines(config.engine, checkpoint, out, length, config.seed, stack)
         engines.start()
