@@ -15,10 +15,11 @@ from rich.table import Table
 
 from megatron_rl import rundir
 from megatron_rl.config import UserError
+from megatron_rl.data.notes import Notes
 from megatron_rl.data.overlap import JACCARD, NGRAM, Benchmarks, Match
 from megatron_rl.data.rows import question
 from megatron_rl.data.sources import read_rows
-from megatron_rl.data.split import Decisions, write_split
+from megatron_rl.data.split import write_split
 from megatron_rl.observability.console import set_up_logging
 from megatron_rl.observability.counting import counted
 
@@ -77,7 +78,7 @@ def main() -> None:
 def decontaminate(args: argparse.Namespace) -> dict[str, Any]:
     benchmarks = Benchmarks(texts(args.against, args.benchmark_column, args.ignore), args.ngram, args.jaccard)
     settings = {key: getattr(args, key) for key in ("source", "column", "ignore", "ngram", "jaccard")}
-    decisions = Decisions(args.out, settings | {"benchmarks": benchmarks.fingerprint})
+    decisions = Notes(args.out / "decisions.partial.jsonl", settings | {"benchmarks": benchmarks.fingerprint})
     there = len(decisions.made)
     try:
         for number, (_, text) in enumerate(counted(texts([args.source], args.column, args.ignore), "prompts", skipped=there)):

@@ -46,9 +46,7 @@ def read_prompts(source: str | Path, tokenizer: Tokenizer, max_prompt_tokens: in
         if not tokens:
             raise UserError(f"{where}: the prompt is empty", exit_code=1)
         lines[id] = where
-        prompts[id] = Prompt(
-            id, text, tuple(tokens), row["answer"], row["verifier"], row.get("domain", "default"), row.get("metadata", {})
-        )
+        prompts[id] = prompt_of(row, where, text, tokens)
     kept = tuple(prompt for prompt in prompts.values() if len(prompt.tokens) <= max_prompt_tokens)
     if len(kept) < len(prompts):
         longest = max(len(prompt.tokens) for prompt in prompts.values())
@@ -58,6 +56,11 @@ def read_prompts(source: str | Path, tokenizer: Tokenizer, max_prompt_tokens: in
             raise UserError(f"{report}; none is left", exit_code=1)
         log.warning("%s; they are left out", report)
     return kept
+
+
+def prompt_of(row: Row, where: str, text: str, tokens: Sequence[int]) -> Prompt:
+    domain, metadata = row.get("domain", "default"), row.get("metadata", {})
+    return Prompt(row_id(row, where), text, tuple(tokens), row["answer"], row["verifier"], domain, metadata)
 
 
 def row_id(row: Row, where: str) -> str:

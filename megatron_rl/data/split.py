@@ -1,14 +1,12 @@
 """A prompt file parted in two: what is kept, as it was, and what is dropped, with the reason.
 
-    decisions.partial.jsonl      what the decisions depend on (one line), then a line a row so far: null, or why it is dropped
     kept.jsonl or kept.parquet   in the source's format, order and columns
     dropped.jsonl                {"row": "<source>:<number>", .. the reason .., "content": the row}
 
-Deciding is the slow part and can be taken up again; writing is one more pass over the source.
+Deciding is the slow part and can be taken up again (data/notes.py); writing is one more pass over the source.
 
-Invariants: every row lands in exactly one of the two; a killed and resumed decision decides no row twice and ends in the same
-files; a torn last line is one row to decide again; decisions that depend on something else are refused; a file appears when it
-is whole.
+Invariants: every row lands in exactly one of the two; a file appears when it is whole; a source that has other rows than were
+decided on is refused.
 """
 
 from __future__ import annotations
@@ -22,30 +20,6 @@ from megatron_rl.config.errors import UserError
 from megatron_rl.data.sources import BATCH, is_parquet, open_parquet, read_rows
 
 Decision = Mapping[str, Any] | None  # None: kept
-PARTIAL = "decisions.partial.jsonl"
-
-
-class Decisions:
-    def __init__(self, out: Path, about: Mapping[str, Any]) -> None:
-        self._path = out / PARTIAL
-        lines = self._path.read_text().splitlines(keepends=True) if self._path.exists() else []
-        whole = [line for line in lines if line.endswith("\n")]
-        if whole and json.loads(whole[0]) != json.loads(json.dumps(about)):
-            raise UserError(f"{self._path}: of other files or settings; finish that one or remove the file", exit_code=1)
-        self.made: list[Decision] = [json.loads(line) for line in whole[1:]]
-        self._path.write_text("".join(whole) or json.dumps(about) + "\n")
-        self._file = self._path.open("a")
-
-    def add(self, decision: Decision) -> None:
-        self.made.append(decision)
-        self._file.write(json.dumps(decision, ensure_ascii=False) + "\n")
-
-    def close(self) -> None:
-        self._file.close()
-
-    def remove(self) -> None:
-        self.close()
-        self._path.unlink()
 
 
 def write_split(source: str, out: Path, decisions: Sequence[Decision]) -> Path:

@@ -14,8 +14,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from megatron_rl.config import UserError
+from megatron_rl.data.notes import Notes
 from megatron_rl.data.overlap import Benchmarks, Match, ngrams, shingles, skeleton
-from megatron_rl.data.split import Decisions, write_split
+from megatron_rl.data.split import write_split
 
 WORDS = [
     a + b for a in ("bar", "lin", "mor", "tas", "vel", "kun", "pel", "rod") for b in ("ta", "ne", "so", "ri", "mu", "ka", "dol")
@@ -147,20 +148,21 @@ def test_one_that_ended_half_way_goes_on_and_writes_the_same_files(repo_root: Pa
     assert written[0] == written[1]
 
 
-def test_a_killed_decision_goes_on_with_what_is_missing(tmp_path: Path) -> None:
-    decisions = Decisions(tmp_path, {"of": 1})
+def test_a_killed_pass_goes_on_with_what_is_missing(tmp_path: Path) -> None:
+    path = tmp_path / "notes.jsonl"
+    decisions = Notes(path, {"of": 1})
     decisions.add(None)
     decisions.add({"rule": "exact"})
     decisions.close()
-    with (tmp_path / "decisions.partial.jsonl").open("a") as file:
+    with path.open("a") as file:
         file.write('{"ru')
-    again = Decisions(tmp_path, {"of": 1})
+    again = Notes(path, {"of": 1})
     assert again.made == [None, {"rule": "exact"}]
     again.add(None)
     again.close()
-    assert Decisions(tmp_path, {"of": 1}).made == [None, {"rule": "exact"}, None]
+    assert Notes(path, {"of": 1}).made == [None, {"rule": "exact"}, None]
     with pytest.raises(UserError, match="of other files or settings"):
-        Decisions(tmp_path, {"of": 2})
+        Notes(path, {"of": 2})
 
 
 def test_a_source_that_changed_meanwhile_is_refused(tmp_path: Path) -> None:
