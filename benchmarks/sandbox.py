@@ -53,6 +53,7 @@ def main() -> None:
 
     def empty() -> None:
         with sandbox.Cell("stdio", sandbox.Limits()) as cell:
+            cell.ready()
             cell.send({"program": "", "output_limit": 0}, time.monotonic() + 30)
             cell.send({"input": ""}, time.monotonic() + 30)
             cell.receive(time.monotonic() + 30)

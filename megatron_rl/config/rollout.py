@@ -116,7 +116,7 @@ class CodeConfig(Config):
     timeout_s: PositiveFloat = 5.0  # of wall time a response, and of processor time a process
     memory_mb: int = Field(default=512, ge=64)  # of resident memory a sandbox, and of address space a process
     processes: int = Field(default=16, ge=2)  # of a sandbox, threads included
-    output_kb: PositiveInt = 1024  # that a program may write per test
+    output_kb: int = Field(default=1024, gt=0, le=1024)  # that a program may write per test
     unsafe: bool = False  # where no sandbox can be made: run programs without one
 
 

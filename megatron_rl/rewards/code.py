@@ -45,12 +45,14 @@ class Runner:
             return Score(0.0, "error", reason=str(error))
 
     def _function(self, task: FunctionTask) -> Score:
-        deadline = time.monotonic() + self._limits.seconds
         go_on = self._marks == "fraction"
         checks = {"entry_point": task.entry_point, "sources": task.sources, "go_on": go_on}
         with linked() as (left, right), self._cell("function", left) as response, self._cell("checks", right) as tests:
             left.close()  # so that each cell sees the other's end
             right.close()
+            response.ready()
+            tests.ready()
+            deadline = time.monotonic() + self._limits.seconds
             try:
                 response.send({"program": task.program, "entry_point": task.entry_point}, deadline)
                 tests.send({"prelude": task.prelude, "test": task.test, **checks}, deadline)
@@ -66,9 +68,10 @@ class Runner:
     def _streams(self, task: StreamTask) -> Score:
         if any(len(text) > FILE_MB * 2**18 for text, _ in task.cases):
             raise Unfit(f"metadata.cases: an input has more than {FILE_MB * 2**18:,} characters")
-        deadline = time.monotonic() + self._limits.seconds
         faults: list[str] = []
         with self._cell("stdio") as cell:
+            cell.ready()
+            deadline = time.monotonic() + self._limits.seconds
             try:
                 cell.send({"program": task.program, "output_limit": self._output_limit}, deadline)
                 for text, expected in task.cases:

@@ -51,7 +51,8 @@ FILE_MB = 16  # of one file
 MESSAGE_LIMIT = 8 * 2**20  # bytes that a response can make the reader hold
 LOOK_S = 0.2  # between two looks at a cell's memory
 END_S = 10.0  # for a killed cell's processes to be gone
-FIRST_UID = 2**30  # beyond any real user's
+START_S = 60.0  # for a cell to start, on a machine where everything else does
+FIRST_UID, UIDS = 2**30, 64  # user ids beyond any real user's, so many for each process
 PYTHON, INSIDE = "/python", "/python/bin/python"  # folder and interpreter, as a cell sees them
 CELL = Path(__file__).parent / "cell"
 PARTS = ("channel", "values", "program")  # of `cell`, that its roles import
@@ -109,31 +110,22 @@ class Cell:
         self._limits = limits
         self._fault = ""
         self._home: tempfile.TemporaryDirectory[str] | None = None
+        self._info = -1
         ours, theirs = socket.socketpair()
-        sockets = [theirs.fileno(), *(peer.fileno() for peer in peers)]
         with contextlib.ExitStack() as opened:
-
-            def pipe_with(data: bytes) -> int:
-                reader = _pipe_with(data)
-                opened.callback(os.close, reader)
-                return reader
-
             opened.callback(theirs.close)
-            code = pipe_with(bundle(role))
-            fds = [*sockets, code]
+            sockets = [theirs.fileno(), *(peer.fileno() for peer in peers)]
+            code, filter = _pipe_with(bundle(role), opened), _pipe_with(seccomp.program(), opened)
+            fds = [*sockets, code, filter]
             if missing():
                 require(unsafe)
                 self._home = tempfile.TemporaryDirectory(prefix="unsafe-")
-                self._info = -1
                 command = [*interpreter(_python(), code), *arguments(role, limits, 0, 0, sockets)]
             else:
                 self._info, info = os.pipe()
                 opened.callback(os.close, info)
-                filter = pipe_with(seccomp.program())
-                fds += [info, filter]
-                uid = FIRST_UID + os.getpid() * 4 + next(_serial) % 4 if os.geteuid() == 0 else 0
-                command = ["bwrap", "--info-fd", str(info), "--seccomp", str(filter), *walls(), "--"]
-                command += [*interpreter(INSIDE, code), *arguments(role, limits, uid, limits.processes, sockets)]
+                fds.append(info)
+                command = ["bwrap", "--info-fd", str(info), *sandboxed(role, limits, filter, code, sockets)]
             self._process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
@@ -151,6 +143,13 @@ class Cell:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def ready(self) -> None:
+        """Wait until its limits are set and it waits for a message: what time that takes is not the response's."""
+        try:
+            self.receive(time.monotonic() + START_S)
+        except (Ended, OutOfTime) as error:
+            raise DoesNotStart(str(error) or f"nothing heard of it within {START_S:g} s") from None
 
     def send(self, message: Any, deadline: float) -> None:
         self._channel.deadline = deadline
@@ -238,6 +237,10 @@ class Cell:
             os.close(handle)
 
 
+class DoesNotStart(RuntimeError):
+    """A sandbox failed, before it had seen a response."""
+
+
 @contextlib.contextmanager
 def linked() -> Iterator[tuple[socket.socket, socket.socket]]:
     """The ends of a socket for two cells to talk over. Both must be theirs before the first message, so this end closes them."""
@@ -259,19 +262,34 @@ def missing() -> str:
     """Why no sandbox can be made here, or "". Makes one."""
     if not shutil.which("bwrap"):
         return "bubblewrap is not installed (Debian and Ubuntu: apt-get install bubblewrap)"
-    try:
-        filter = _pipe_with(seccomp.program())
-    except LookupError as error:
-        return str(error)
-    try:
-        command = ["bwrap", "--seccomp", str(filter), *walls(), "--", INSIDE, "-I", "-S", "-c", "pass"]
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace", pass_fds=[filter], timeout=60, check=False)
-    except subprocess.TimeoutExpired:
-        return "a trial of bubblewrap did not end within 60 s"
-    finally:
-        os.close(filter)
+    ours, theirs = socket.socketpair()
+    with contextlib.ExitStack() as opened:
+        for end in (ours, theirs):
+            opened.callback(end.close)
+        try:
+            filter = _pipe_with(seccomp.program(), opened)
+        except LookupError as error:
+            return str(error)
+        code = _pipe_with(bundle("stdio"), opened)
+        Channel(ours.fileno(), MESSAGE_LIMIT).send({"program": ""})  # and no input: it starts, and ends
+        ours.shutdown(socket.SHUT_WR)
+        command = ["bwrap", *sandboxed("stdio", Limits(), filter, code, [theirs.fileno()])]
+        fds = (filter, code, theirs.fileno())
+        try:
+            done = subprocess.run(
+                command, capture_output=True, text=True, errors="replace", pass_fds=fds, timeout=START_S, check=False
+            )
+        except subprocess.TimeoutExpired:
+            return f"a trial of bubblewrap did not end within {START_S:g} s"
     words = done.stderr.strip().splitlines()
     return "" if done.returncode == 0 else f"bubblewrap cannot make one: {words[-1] if words else f'exit code {done.returncode}'}"
+
+
+def sandboxed(role: str, limits: Limits, filter: int, code: int, sockets: list[int]) -> list[str]:
+    """bubblewrap's arguments."""
+    uid = FIRST_UID + os.getpid() * UIDS + next(_serial) % UIDS if os.geteuid() == 0 else 0
+    inner = [*interpreter(INSIDE, code), *arguments(role, limits, uid, limits.processes, sockets)]
+    return ["--seccomp", str(filter), *walls(), "--", *inner]
 
 
 @lru_cache(maxsize=1)
@@ -331,9 +349,10 @@ def _python() -> str:
     return str(Path(getattr(sys, "_base_executable", sys.executable)).resolve())
 
 
-def _pipe_with(data: bytes) -> int:
-    """The reading end of a pipe that holds `data`."""
+def _pipe_with(data: bytes, opened: contextlib.ExitStack) -> int:
+    """The reading end of a pipe that holds `data` (less than a pipe's 64 KiB)."""
     reader, writer = os.pipe()
-    os.write(writer, data)
-    os.close(writer)
+    opened.callback(os.close, reader)
+    with os.fdopen(writer, "wb") as pipe:
+        pipe.write(data)
     return reader

@@ -280,9 +280,9 @@ def nothing_is_left() -> Iterator[None]:
     yield
     assert not psutil.Process().children(recursive=True)
     if os.geteuid() == 0:  # a cell's users are this process's alone
-        first = sandbox.FIRST_UID + os.getpid() * 4
+        first = sandbox.FIRST_UID + os.getpid() * sandbox.UIDS
         everyone = psutil.process_iter(["uids", "cmdline"])
-        assert not [p.info for p in everyone if p.info["uids"] and p.info["uids"].real in range(first, first + 4)]
+        assert not [p.info for p in everyone if p.info["uids"] and p.info["uids"].real in range(first, first + sandbox.UIDS)]
 
 
 @pytest.fixture(scope="module")
@@ -408,6 +408,7 @@ def test_with_the_process_that_made_it_a_cell_dies() -> None:
         import os, sys, time
         from megatron_rl.rewards.sandbox import Cell, Limits
         cell = Cell("stdio", Limits(60.0))
+        cell.ready()
         cell.send({"program": "import time; time.sleep(1000)", "output_limit": 10}, time.monotonic() + 60)
         cell.send({"input": ""}, time.monotonic() + 60)
         print("up", flush=True)
@@ -441,6 +442,11 @@ def test_without_a_sandbox_no_program_is_started_unless_told_to(monkeypatch: pyt
         assert judged(unsafe, "import time\ntime.sleep(100)", cases=expecting("")).status == "timeout"
     finally:
         sandbox.missing.cache_clear()
+
+
+def test_a_sandbox_that_does_not_start_is_no_fault_of_the_response() -> None:
+    with pytest.raises(sandbox.DoesNotStart, match="exit code"):
+        judged(Runner(memory_mb=2**60), "print(1)", cases=expecting("1"))
 
 
 def test_a_bubblewrap_that_does_not_work_is_no_sandbox(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -482,7 +488,7 @@ def test_humaneval_solutions_pass_and_mutated_ones_fail(shared_data: Path) -> No
         right, wrong = (PATIENT.verify(text, prompt) for text in (row["canonical_solution"], f"```python\n{mutated}\n```"))
         return row["task_id"], right, wrong
 
-    with ThreadPoolExecutor(2) as threads:
+    with ThreadPoolExecutor(4) as threads:
         results = list(threads.map(both, rows))
     assert len(results) == 164
     assert not [(id, right.reason) for id, right, _ in results if right.status != "correct"]

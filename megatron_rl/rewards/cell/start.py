@@ -30,8 +30,9 @@ def main() -> None:
     lower(resource.RLIMIT_NOFILE, FILES)
     if int(processes):
         lower(resource.RLIMIT_NPROC, int(processes))
-    worker, *others = map(int, fds)
-    module.main(Channel(worker, FROM_WORKER), *(Channel(fd, int(message)) for fd in others))
+    worker, *others = [Channel(int(fd), FROM_WORKER if i == 0 else int(message)) for i, fd in enumerate(fds)]
+    worker.send("ready")
+    module.main(worker, *others)
 
 
 def lower(kind: int, limit: int, grace: int = 0) -> None:
