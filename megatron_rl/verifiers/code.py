@@ -181,8 +181,8 @@ def function_score(task: FunctionTask, verdict: Mapping[str, Any], marks: Marks)
     if verdict["broken"]:
         raise Unfit(f"metadata.test fails by itself: {verdict['broken']}")
     passed, failed, ended = verdict["passed"], verdict["failed"], verdict["ended"]
-    if not ended and not failed and not verdict["calls"]:
-        raise Unfit(f"metadata.test never calls {task.entry_point}")
+    if not ended and not verdict["calls"]:
+        raise Unfit(f"metadata.test never calls {task.entry_point}: {verdict['first'] or 'it passes whatever that does'}")
     tests = passed + failed
     if ended:
         tests = max(tests + (not failed), len(task.sources))

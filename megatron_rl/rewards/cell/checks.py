@@ -29,6 +29,10 @@ class Lost(Over):
     """The response's sandbox ended."""
 
 
+class Broken(Over):
+    """The test itself is at fault."""
+
+
 class Candidate:
     def __init__(self, channel: Channel, name: str) -> None:
         self.__name__ = name
@@ -38,7 +42,11 @@ class Candidate:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         self.calls += 1
-        kind, *rest = self._asked([encode(args), encode(kwargs)])
+        try:
+            message = [encode(args), encode(kwargs)]
+        except TypeError as error:
+            raise Broken(f"it passes what cannot enter a sandbox: {error}") from None
+        kind, *rest = self._asked(message)
         if kind == "value":
             value = decoded(rest)
             self.last = f"got {shown(value)}"
@@ -121,10 +129,16 @@ def main(worker: Channel, response: Channel) -> None:
                 check(candidate)
     except Lost:
         verdict["lost"] = True
+    except Broken as broken:
+        verdict["broken"] = str(broken)
     except Over as over:
         verdict["ended"] = str(over)
     except BaseException as error:
-        verdict["ended"] = f"{described(error)}; the last call: {candidate.last}" if candidate.last else described(error)
+        words = described(error)
+        if candidate.calls:
+            verdict["ended"] = f"{words}; the last call: {candidate.last}" if candidate.last else words
+        else:
+            verdict["broken"] = words
     worker.send(verdict | {"passed": tests.passed, "failed": tests.failed, "first": tests.first, "calls": candidate.calls})
 
 
