@@ -257,6 +257,7 @@ def rollout_parts(config: RlRun, run_dir: Path, tokenizer: Tokenizer, stop: Stop
     evaluator = None
     if config.data.eval:
         held_out = evaluation_prompts(config, tokenizer, rollout.max_prompt_tokens)
+        rewards.expect(held_out)
         evaluator = Evaluator(config.eval, held_out, sampling, engines, rewards, tokenizer.encode, tokenizer.decode, runner)
     return RolloutParts(conductor, engines, sink, evaluator)
 
