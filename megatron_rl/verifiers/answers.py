@@ -20,6 +20,8 @@ _COMMANDS = (
     "quad|right|sin|sqrt|tan|text|textbf|textit|tfrac|times"
 )
 _ESCAPED_TWICE = re.compile(rf"(?<!\\)\\\\(?=(?:{_COMMANDS})(?![a-zA-Z]))")
+_MONEY = re.compile(r"\\\$ ?(?=[\d.])")
+_STATED = re.compile(r"(?i:\banswer(?: is:?|:)) (?P<answer>[^\n]{1,200})$")
 _TEXT = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mbox|operatorname) ?\{([^{}]*)\}")
 _COMMAND = re.compile(r"\\(?:(?:begin|end)\{[a-z*]+\}|[a-zA-Z]+)")
 _FUNCTIONS = {
@@ -97,9 +99,9 @@ def boxes(text: str) -> int:
 
 
 def tidied(text: str) -> str:
-    r"""The same mathematics in the TeX that parsers know: no invisible characters, no signs beyond ASCII, no \\frac for \frac."""
+    r"""The same in the TeX that parsers know: no invisible characters, no signs beyond ASCII, no \\frac for \frac, no dollars."""
     visible = "".join(c for c in text.translate(_PLAIN) if c in "\n\t" or unicodedata.category(c) not in _INVISIBLE)
-    return _ESCAPED_TWICE.sub(r"\\", visible)
+    return _MONEY.sub("", _ESCAPED_TWICE.sub(r"\\", visible)).replace(r"\varnothing", r"\emptyset")
 
 
 def is_bare(text: str) -> bool:
@@ -118,6 +120,13 @@ def as_words(text: str) -> str:
     r"""For answers that are words: `\text{ Even }.` and `even` are the same."""
     plain = _TEXT.sub(r"\1", text).replace("$", "").replace("{", "").replace("}", "").replace("\\", " ")
     return " ".join(plain.split()).strip(" .,:;!*").lower()
+
+
+def stated(text: str) -> str:
+    """The words a text ends with: those of its last line, or what they say the answer is."""
+    line = text.strip().rpartition("\n")[2]
+    match = _STATED.search(line)
+    return match["answer"] if match else line
 
 
 def parts(answer: str) -> list[str]:

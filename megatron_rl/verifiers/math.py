@@ -26,7 +26,7 @@ from math_verify import verify as equal
 
 from megatron_rl.types import Prompt, Score
 from megatron_rl.verifiers import mcq
-from megatron_rl.verifiers.answers import as_words, final_text, is_bare, last_box, overgrown, parts, tidied, unit
+from megatron_rl.verifiers.answers import as_words, final_text, is_bare, last_box, overgrown, parts, stated, tidied, unit
 
 logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its time limits are off
 
@@ -34,9 +34,10 @@ MODES = ("lenient", "strict")
 _LATEX = (LatexExtractionConfig(),)
 _GOLD = (LatexExtractionConfig(), ExprExtractionConfig())
 _RESPONSE = (LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig())
-_NUMBER = re.compile(r"\s*[-+]?[\d.,]+\s*")
+_NUMBER = re.compile(r"\s*[-+]?(?:\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d*[.,]?\d+)\s*")
 _CHOICE = re.compile(r"\s*\(?[A-J]\)?\s*")
 _ROUNDED = re.compile(r"-?\d*\.(?P<places>\d{2,})")
+_MIXED = re.compile(r"\s*(-?)(\d+) +(\d+/\d+)\s*")
 _SIGN = re.compile(r"\\?%$")
 _PERCENT = re.compile(r"(?P<value>-?[\d.,]+)\s*\\?%")
 
@@ -75,8 +76,8 @@ def _lenient(text: str, gold: str) -> Score:
     read, bare = _gold(gold), last_box(gold) or gold.strip("$ ")
     stripped = text.strip().strip("$")
     answer = last_box(text) or (stripped if is_bare(stripped) else None)
-    if answer and _same_words(bare, answer):
-        return _judged(True, answer)
+    if _same_words(bare, answer or stated(text)):
+        return _judged(True, answer or stated(text))
     if not read:
         return _unreadable(gold)
     target = list(parse(text, _RESPONSE, parsing_timeout=None))
@@ -113,13 +114,14 @@ def _same_words(gold: str, answer: str) -> bool:
 
 def _same_complex(gold: Parsed, target: Parsed) -> bool:
     """math-verify takes `i` for a variable where it does not look like a complex number: i(2 - i)."""
-    numbers = []
+    numbers, symbols = [], set()
     for parsed in (gold, target):
         expression = parsed[0] if parsed else None
-        if not isinstance(expression, sympy.Expr) or {symbol.name for symbol in expression.free_symbols} != {"i"}:
+        if not isinstance(expression, sympy.Expr):
             return False
+        symbols |= {symbol.name for symbol in expression.free_symbols}
         numbers.append(expression.subs(dict.fromkeys(expression.free_symbols, sympy.I)))
-    return bool(sympy.expand(numbers[0] - numbers[1]) == 0)
+    return symbols == {"i"} and bool(sympy.expand(numbers[0] - numbers[1]) == 0)
 
 
 def _rounds_to(gold: str, target: Parsed) -> bool:
@@ -167,11 +169,16 @@ def _unreadable(gold: str, why: str = "cannot be parsed") -> Score:
 
 def _latex(text: str) -> list[Any]:
     """Without a percent sign at the end, which the grammar of LaTeX answers does not know: 10 % is 10 to math-verify, too."""
-    return list(parse(f"${_SIGN.sub('', text)}$", _LATEX, parsing_timeout=None))
+    mixed = _MIXED.fullmatch(text)
+    plain = "{}({}+{})".format(*mixed.groups()) if mixed else _SIGN.sub("", text)
+    return list(parse(f"${plain}$", _LATEX, parsing_timeout=None))
 
 
 @lru_cache(maxsize=1024)
 def _gold(answer: str) -> tuple[Any, ...]:
-    """A gold answer is a bare expression more often than a sentence. `1,22` is a number, and no list of LaTeX."""
-    bare = "$" not in answer and "\\boxed" not in answer and not _NUMBER.fullmatch(answer)
-    return tuple((_latex(answer) if bare else []) or parse(answer, _GOLD, parsing_timeout=None))
+    """A gold answer is a bare expression more often than a sentence. `1,22` may be a number and may be two."""
+    bare = "$" not in answer and "\\boxed" not in answer
+    read = _latex(answer) if bare else []
+    if not read or _NUMBER.fullmatch(answer):
+        read += parse(answer, _GOLD, parsing_timeout=None)
+    return tuple(read)

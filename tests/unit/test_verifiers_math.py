@@ -72,6 +72,13 @@ def test_lenient(gold: str, response: str, status: str) -> None:
         ("signs beyond ASCII", r"-2\pi", "−2π", "2π"),
         ("words", r"\text{Even}", r"\boxed{even}", r"\boxed{odd}"),
         ("complex numbers", "i(2-i)", "1+2i", "1-2i"),
+        ("complex and real", r"e^{i\pi}", "-1", "1"),
+        ("lists of numbers", "1,2,3", r"\{3,2,1\}", "1,2,4"),
+        ("a decimal comma", "1,22", "1.22", "1.23"),
+        ("mixed numbers", "-1 1/2", "-1.5", "-0.5"),
+        ("money", r"\$5", "5 dollars", r"\$6"),
+        ("the empty set", r"\emptyset", r"$\varnothing$", r"$\{0\}$"),
+        ("words that are stated", r"\text{no solution}", "So the answer is: no solution.", "So the answer is: 12."),
         ("exact where the gold answer is rounded", "2.67", r"\boxed{\frac{8}{3}}", r"\boxed{\frac{7}{3}}"),
         ("rounded where the gold answer is exact is wrong", r"\frac{8}{3}", r"\boxed{8/3}", r"\boxed{2.67}"),
         ("parts joined otherwise", r"p=1,q=2 \text{ and } p=3,q=4", r"\boxed{p=3,q=4; p=1,q=2}", r"\boxed{p=3,q=2; p=1,q=5}"),
@@ -83,6 +90,21 @@ def test_lenient(gold: str, response: str, status: str) -> None:
 def test_rules_beyond_math_verify(rule: str, gold: str, right: str, wrong: str) -> None:
     assert judge(right, gold).status == "correct", rule
     assert judge(wrong, gold).status == "wrong", rule
+
+
+GOLD_ANSWERS = [
+    "1,2,3", "1,22", r"\text{Evelyn}", r"\$5", r"10\%", "1 1/2", r"918\frac{1}{2}", r"\frac\pi6", r"30\text{ cm}^2", "3:2",
+    "x=5, y=6", r"(-\infty, 2]", r"[0,1)\cup\{3\}", r"1 \pm \sqrt{19}", "6 - 5i", r"\begin{pmatrix}1\\2\end{pmatrix}",
+    r"\emptyset", r"x \le 2", "4210_{5}", r"p=1,q=2 \text{ or } p=3,q=4", r"2.5 \times 10^{-3}", "(C)", "x^2 + y^2 = 1",
+    r"90^\circ", "yes",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("gold", GOLD_ANSWERS)
+@pytest.mark.parametrize("mode", ["lenient", "strict"])
+def test_a_gold_answer_in_a_box_is_correct_for_itself(gold: str, mode: str) -> None:
+    assert judge(rf"\boxed{{{gold}}}", gold, mode).status == "correct"
+    assert judge(r"\boxed{1234567}", gold, mode).status == "wrong"
 
 
 @pytest.mark.parametrize(
