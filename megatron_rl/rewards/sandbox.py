@@ -115,8 +115,8 @@ class Cell:
         with contextlib.ExitStack() as opened:
             opened.callback(theirs.close)
             sockets = [theirs.fileno(), *(peer.fileno() for peer in peers)]
-            code, filter = _pipe_with(bundle(role), opened), _pipe_with(seccomp.program(), opened)
-            fds = [*sockets, code, filter]
+            code = _pipe_with(bundle(role), opened)
+            fds = [*sockets, code]
             if missing():
                 require(unsafe)
                 self._home = tempfile.TemporaryDirectory(prefix="unsafe-")
@@ -124,7 +124,8 @@ class Cell:
             else:
                 self._info, info = os.pipe()
                 opened.callback(os.close, info)
-                fds.append(info)
+                filter = _pipe_with(seccomp.program(), opened)
+                fds += [info, filter]
                 command = ["bwrap", "--info-fd", str(info), *sandboxed(role, limits, filter, code, sockets)]
             self._process = subprocess.Popen(
                 command,
@@ -188,7 +189,10 @@ class Cell:
 
     def end(self) -> str:
         """How it ended, in words; ends it where it has not."""
-        code = None if self._fault or not self._ends_within(1.0) else self._process.wait()
+        code = None
+        if not self._fault and self._ends_within(1.0):
+            self._sweep()
+            code = self._process.wait()
         self.close()
         if self._fault or code is None:
             return self._fault or "it closed its channel"
@@ -206,8 +210,6 @@ class Cell:
             os.close(self._info)
             self._info = -1
         if self._home:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._process.pid, signal.SIGKILL)
             self._home.cleanup()
 
     def _kill(self) -> None:
@@ -219,12 +221,16 @@ class Cell:
             if said and self._process.poll() is None:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(json.loads(said)["child-pid"], signal.SIGKILL)
-        else:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._process.pid, signal.SIGKILL)
+        self._sweep()
         if not self._ends_within(END_S):
             self._process.kill()
         self._process.wait()
+
+    def _sweep(self) -> None:
+        """Without a sandbox: kill the process group, while its first process is still there to hold the number."""
+        if self._home:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
 
     def _ends_within(self, seconds: float) -> bool:
         """`Popen.wait` with a timeout looks every few milliseconds; this is told."""
