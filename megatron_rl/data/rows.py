@@ -8,7 +8,7 @@ source is the domain, extra_info the metadata, and the ability names the verifie
 
 Others: `data.columns` says which column is what; columns that it does not name are left alone.
 
-Invariants: a column that is given to one part of a row is no other part of it; no key of our own format is misspelt in silence.
+Invariants: a column that is given to one part of a row is no other part of it; in JSONL no key of ours is misspelt in silence.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@
 
 NAME is one of the Hugging Face hub or a local folder, SPLIT is `train` unless named. Rows stream: memory holds a batch of them.
 
-Invariants: rows come in the order of the file and count from 1; a fault is one line that names file and row; a column that is null
-in a row is not in it (Parquet has no absent keys).
+Invariants: rows come in the order of the file and count from 1; a fault is one line that names file and row; what is null in a row
+of typed columns is not in it, at any depth (they have no absent keys).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def is_parquet(source: str | Path) -> bool:
 
 def is_foreign(source: str | Path) -> bool:
     """Typed columns, which nobody can put in quotes by hand."""
-    return not str(source).endswith(".jsonl")
+    return is_parquet(source) or str(source).startswith(DATASETS)
 
 
 def open_parquet(path: Path) -> Any:
@@ -89,5 +89,7 @@ def _datasets(source: str) -> Iterator[tuple[str, Row]]:
         raise UserError(f"{source}: the data set is empty", exit_code=1)
 
 
-def _without_nulls(row: Row) -> Row:
-    return {key: value for key, value in row.items() if value is not None}
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
+    return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value

@@ -120,6 +120,15 @@ def test_rows_are_numbered_across_batches(tmp_path: Path) -> None:
     assert rows[0] == (f"{file}:1", {"prompt": "0"}) and rows[-1] == (f"{file}:3000", {"prompt": "2999"})
 
 
+def test_what_is_null_is_absent_at_any_depth(tmp_path: Path) -> None:
+    messages = [{"role": "user", "content": "1+2="}, {"role": "user", "content": "so?", "name": "tom"}]
+    file = parquet(
+        tmp_path / "p.parquet", {"prompt": messages, "extra": {"a": 1}, "id": "x"}, {"prompt": messages[:1], "extra": {"b": 2}}
+    )
+    expected = [{"prompt": messages, "extra": {"a": 1}, "id": "x"}, {"prompt": messages[:1], "extra": {"b": 2}}]
+    assert [row for _, row in read_rows(file)] == expected
+
+
 def test_missing_empty_and_broken_sources(tmp_path: Path) -> None:
     (tmp_path / "text.parquet").write_text("not parquet")
     pq.write_table(pa.table({"prompt": pa.array([], pa.string())}), tmp_path / "empty.parquet")
