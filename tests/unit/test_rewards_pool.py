@@ -50,7 +50,13 @@ def pools() -> Iterator[Callable[[int], RewardPool]]:
     made: dict[int, RewardPool] = {}
     path = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = str(SUPPORT)
-    yield lambda workers: made.setdefault(workers, make_pool(workers))
+
+    def made_once(workers: int) -> RewardPool:
+        if workers not in made:
+            made[workers] = make_pool(workers)
+        return made[workers]
+
+    yield made_once
     for pool in made.values():
         pool.close()
     os.environ.pop("PYTHONPATH") if path is None else os.environ.update(PYTHONPATH=path)
