@@ -244,7 +244,8 @@ def rollout_parts(config: RlRun, run_dir: Path, tokenizer: Tokenizer, stop: Stop
     settings = scheduler_settings(config)
     tell_outlook(settings, config)
     stream = PromptStream(prompts, config.run.seed, config.data.shuffle)
-    about = {"model": config.model.model_dump(mode="json"), "reward": config.reward.model_dump(mode="json")}
+    about = {"format": 2, "model": config.model.model_dump(mode="json"), "reward": config.reward.model_dump(mode="json")}
+    about |= {"routing": algorithm.routing.model_dump(mode="json"), "advantage": algorithm.advantage}
     journal = Journal(run_dir / "journal", about)
 
     def is_useful(group: Group) -> bool:
@@ -285,6 +286,13 @@ def tell_outlook(settings: Settings, config: RlRun) -> None:
     kv_tokens = engine.max_total_tokens and engine.max_total_tokens * engine.count
     line, warnings = outlook(settings, rollout.max_prompt_tokens, rollout.max_response_tokens, kv_tokens)
     log.info("%s", line)
+    if rollout.top_p < 1.0 or rollout.top_k > 0:
+        warnings.append(
+            f"rollout.top_p={rollout.top_p:g}, top_k={rollout.top_k}: log-probs are those before the cut, on both sides; no ratio "
+            "is that of what sampled"
+        )
+    if config.model.moe is None and config.algorithm.router_z_loss + config.algorithm.load_balance > 0:
+        warnings.append("algorithm.router_z_loss, load_balance: without effect, the model has no experts")
     for warning in warnings:
         log.warning("%s", warning)
 

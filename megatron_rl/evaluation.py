@@ -6,7 +6,7 @@ import asyncio
 import logging
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from megatron_rl import rundir
 from megatron_rl.assemble import (
@@ -29,6 +29,10 @@ if TYPE_CHECKING:
     from megatron_rl.engine.launcher import SglangEngines
 
 log = logging.getLogger("megatron_rl")
+WHAT_COUNTS: Any = {  # of the configuration, for what is sampled and judged
+    **dict.fromkeys(("checkpoint", "data", "eval", "reward", "seed", "max_prompt_tokens", "max_response_tokens"), True),
+    "engine": {"device", "dtype", "tp", "server_args"},
+}
 
 
 def run_eval(config: EvalRun) -> None:
@@ -57,7 +61,10 @@ def run_eval(config: EvalRun) -> None:
             runner=stack.enter_context(asyncio.Runner()),
             seed=config.seed,
         )
-        about = config.model_dump(mode="json", exclude={"out", "engine"}) | {"prompts": fingerprint(prompts)}
+        about = config.model_dump(mode="json", include=WHAT_COUNTS) | {
+            "prompts": fingerprint(prompts),
+            "weights": stamps(checkpoint),
+        }
         responses = Responses(out / "responses.jsonl", about)
         if responses.rows:
             log.info("going on: %d samples are in %s already", len(responses.rows), out)
@@ -70,6 +77,8 @@ def run_eval(config: EvalRun) -> None:
 def check_checkpoint(path: Path) -> None:
     if (path / ".metadata").is_file():
         return
+    if not path.is_dir():
+        raise UserError(f"checkpoint={path}: no such folder", exit_code=1)
     missing = [pattern for pattern in ("config.json", "*.safetensors") if not list(path.glob(pattern))]
     if missing:
         what = f"neither a Hugging Face checkpoint ({missing[0]} is missing) nor Megatron-Core's (.metadata is)"
@@ -87,6 +96,11 @@ def hf_checkpoint(path: Path, folder: Path) -> Path:
 
         megatron_to_hf(path, converted, dtype=None, bucket_bytes=EXPORT_BUCKET_BYTES)
     return converted
+
+
+def stamps(checkpoint: Path) -> list[list[str | int]]:
+    """Of its weights: an export to the same place is another checkpoint."""
+    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in sorted(checkpoint.glob("*.safetensors"))]
 
 
 def evaluation_through_losses(evaluator: Evaluator, engines: SglangEngines, responses: Responses) -> dict[str, float]:

@@ -15,13 +15,13 @@ from rich.table import Table
 
 from megatron_rl import rundir
 from megatron_rl.config import UserError
-from megatron_rl.data.notes import Notes
 from megatron_rl.data.overlap import JACCARD, NGRAM, Benchmarks, Match
 from megatron_rl.data.rows import question
 from megatron_rl.data.sources import read_rows
 from megatron_rl.data.split import write_split
 from megatron_rl.observability.console import set_up_logging
 from megatron_rl.observability.counting import counted
+from megatron_rl.resumable import ResumableRows
 
 RULES = {
     "exact": "equal but for numbers, case and white space",
@@ -78,16 +78,16 @@ def main() -> None:
 def decontaminate(args: argparse.Namespace) -> dict[str, Any]:
     benchmarks = Benchmarks(texts(args.against, args.benchmark_column, args.ignore), args.ngram, args.jaccard)
     settings = {key: getattr(args, key) for key in ("source", "column", "ignore", "ngram", "jaccard")}
-    decisions = Notes(args.out / "decisions.partial.jsonl", settings | {"benchmarks": benchmarks.fingerprint})
-    there = len(decisions.made)
+    decisions = ResumableRows(args.out / "decisions.partial.jsonl", settings | {"benchmarks": benchmarks.fingerprint})
+    there = len(decisions.rows)
     try:
         for number, (_, text) in enumerate(counted(texts([args.source], args.column, args.ignore), "prompts", skipped=there)):
             if number >= there:
                 decisions.add(reason(benchmarks.match(text)))
     finally:
         decisions.close()
-    kept = write_split(args.source, args.out, decisions.made)
-    summary = summarised(decisions.made) | {"benchmark_rows": len(benchmarks), "kept_in": str(kept)}
+    kept = write_split(args.source, args.out, decisions.rows)
+    summary = summarised(decisions.rows) | {"benchmark_rows": len(benchmarks), "kept_in": str(kept)}
     (args.out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     decisions.remove()
     return summary

@@ -30,7 +30,6 @@ from megatron_rl.config.data import EvalData
 from megatron_rl.config.rollout import RewardConfig
 from megatron_rl.data.gold import USABLE, Gold, gold_answers, text_of
 from megatron_rl.data.jsonl import read_jsonl
-from megatron_rl.data.notes import Notes
 from megatron_rl.data.pass_rate import HIGH, LOW, tallies, why_dropped
 from megatron_rl.data.prompts import prompt_of, row_id
 from megatron_rl.data.rows import our_row
@@ -38,6 +37,7 @@ from megatron_rl.data.sources import Row, is_foreign, read_rows
 from megatron_rl.data.split import write_split
 from megatron_rl.observability.console import set_up_logging
 from megatron_rl.observability.counting import counted
+from megatron_rl.resumable import ResumableRows
 from megatron_rl.rewards.pool import RewardPool
 from megatron_rl.rewards.worker import Limits
 from megatron_rl.types import EngineLost
@@ -125,7 +125,7 @@ def filtered(config: EvalRun, low: float, high: float, sample: Sample) -> dict[s
     out, source = Path(config.out), config.data.eval
     with rundir.owned("out", out):
         about = config.model_dump(mode="json", exclude={"out", "engine"})
-        golds = checked_gold(config, Notes(out / "gold.jsonl", about))
+        golds = checked_gold(config, ResumableRows(out / "gold.jsonl", about))
         responses = out / "samples" / "responses.jsonl"
         candidates = write_candidates(config.data, golds, out / "candidates.jsonl", responses.exists())
         if candidates and not responses.exists():
@@ -150,9 +150,9 @@ def filtered(config: EvalRun, low: float, high: float, sample: Sample) -> dict[s
     return summary
 
 
-def checked_gold(config: EvalRun, notes: Notes) -> list[dict[str, Any]]:
+def checked_gold(config: EvalRun, notes: ResumableRows) -> list[dict[str, Any]]:
     """{"id", "verdict": Gold} of every row."""
-    source, there = config.data.eval, len(notes.made)
+    source, there = config.data.eval, len(notes.rows)
     rewards: RewardPool | None = None
     try:
         rows = islice(counted(read_rows(source), "gold answers", skipped=there), there, None)
@@ -165,7 +165,7 @@ def checked_gold(config: EvalRun, notes: Notes) -> list[dict[str, Any]]:
         notes.close()
         if rewards:
             rewards.close()
-    return notes.made
+    return notes.rows
 
 
 def pool(reward: RewardConfig) -> RewardPool:

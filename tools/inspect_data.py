@@ -23,13 +23,13 @@ from megatron_rl.config import UserError
 from megatron_rl.config.data import Columns, RowFormat
 from megatron_rl.data.gold import Gold, gold_answers, text_of
 from megatron_rl.data.inspection import Note, note, summarised
-from megatron_rl.data.notes import Notes
 from megatron_rl.data.prompts import prompt_of, prompt_text
 from megatron_rl.data.rows import our_row, question
 from megatron_rl.data.sources import Row, is_foreign, read_rows
 from megatron_rl.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_rl.observability.console import set_up_logging
 from megatron_rl.observability.counting import counted
+from megatron_rl.resumable import ResumableRows
 from megatron_rl.rewards.pool import RewardPool
 from megatron_rl.types import Prompt
 
@@ -99,8 +99,8 @@ def main() -> None:
 def inspect(args: argparse.Namespace, out: Path) -> dict[str, Any]:
     tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else None
     about = {key: value for key, value in vars(args).items() if key not in ("out", "json", "workers", "limit")}
-    notes = Notes(out / "rows.partial.jsonl", about)
-    there = len(notes.made)
+    notes = ResumableRows(out / "rows.partial.jsonl", about)
+    there = len(notes.rows)
     rewards = None if args.no_gold else RewardPool(args.workers, args.timeout_s, text_of)
     try:
         rows = islice(counted(read_rows(args.source), "rows", skipped=there), there, None)
@@ -111,9 +111,9 @@ def inspect(args: argparse.Namespace, out: Path) -> dict[str, Any]:
         notes.close()
         if rewards:
             rewards.close()
-    summary = summarised([Note(**each) for each in notes.made], args.limit)
+    summary = summarised([Note(**each) for each in notes.rows], args.limit)
     (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
-    (out / "rows.jsonl").write_text("".join(json.dumps(each, ensure_ascii=False) + "\n" for each in notes.made))
+    (out / "rows.jsonl").write_text("".join(json.dumps(each, ensure_ascii=False) + "\n" for each in notes.rows))
     notes.remove()
     return summary
 

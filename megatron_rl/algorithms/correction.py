@@ -79,6 +79,9 @@ def clip_weights(old_logprobs: torch.Tensor, engine_logprobs: torch.Tensor, low:
     return _exp_where(log_k_T.isfinite(), log_k_T.clamp(_log(low), _log(high)))
 
 
+SUREST = -(2.0**-24)  # a log-prob that float32 rounds to 0 leaves other tokens a chance all the same
+
+
 def kpop_mask(old_logprobs: torch.Tensor, engine_logprobs: torch.Tensor, phi: float) -> torch.Tensor:
     """1 where D(p || q) <= phi and D(q || p) <= phi, else 0; (T,). p and q are the token's probability to trainer and engine, D the
     KL divergence of two coins: D(p || q) = p log(p / q) + (1 - p) log((1 - p) / (1 - q)). KPop: arXiv 2606.15079.
@@ -86,7 +89,7 @@ def kpop_mask(old_logprobs: torch.Tensor, engine_logprobs: torch.Tensor, phi: fl
     At equal k a likely token is further apart than an unlikely one. Published values of phi differ twentyfold: measure first."""
     log_p_T, log_q_T = old_logprobs.detach(), engine_logprobs.detach()
     defined_T = (log_p_T - log_q_T).isfinite()
-    log_p_T, log_q_T = (torch.where(defined_T, values_T, 0.0).clamp(max=0.0) for values_T in (log_p_T, log_q_T))
+    log_p_T, log_q_T = (torch.where(defined_T, values_T, 0.0).clamp(max=SUREST) for values_T in (log_p_T, log_q_T))
     near_T = (_coin_kl(log_p_T, log_q_T) <= phi) & (_coin_kl(log_q_T, log_p_T) <= phi)
     return (defined_T & near_T).to(old_logprobs.dtype)
 
@@ -104,11 +107,12 @@ def sequence_mask(
 
 
 def off_policy_sequence_mask(
-    new_logprobs: torch.Tensor, old_logprobs: torch.Tensor, advantages: torch.Tensor, batch: PackedBatch, delta: float
+    new_logprobs: torch.Tensor, engine_logprobs: torch.Tensor, advantages: torch.Tensor, batch: PackedBatch, delta: float
 ) -> torch.Tensor:
-    """0 on tokens with a negative advantage in sequences with mean(old - new) > delta, else 1; (T,). DeepSeek-V3.2, arXiv
-    2512.02556, section 3.1: what the policy has left behind need not be pushed further away. *Collective* over the CP ranks."""
-    gap_T = (old_logprobs - new_logprobs).detach()
+    """0 on tokens with a negative advantage in sequences with mean(engine - new) > delta, else 1; (T,). DeepSeek-V3.2, arXiv
+    2512.02556, section 3.1, whose old policy is the engine as it sampled, staleness and gap included: what the policy has left
+    behind need not be pushed further away. *Collective* over the CP ranks."""
+    gap_T = (engine_logprobs - new_logprobs).detach()
     near_T = batch.sequence_means(gap_T, batch.loss_mask_T > 0) <= delta  # False for NaN
     return (near_T | (advantages >= 0)).to(new_logprobs.dtype)
 

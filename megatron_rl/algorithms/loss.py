@@ -77,7 +77,7 @@ def policy_loss(
         weighted_T = weight_T * correction_T * values_T
         sums = {}
         if correction.off_policy_delta is not None:
-            near_T = off_policy_sequence_mask(new_T, old_T, advantages_T, batch, correction.off_policy_delta)
+            near_T = off_policy_sequence_mask(new_T, engine_T, advantages_T, batch, correction.off_policy_delta)
             weighted_T = weighted_T * near_T
             sums["policy/off_policy_masked"] = _count(mask_T & (near_T == 0), new_T)
         terms = {"loss/policy": -weighted_T.sum()}

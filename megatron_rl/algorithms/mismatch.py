@@ -162,8 +162,8 @@ def mismatch_metrics(totals: Totals) -> dict[str, float]:
         torch.tensor(totals[f"mismatch/{name}"], dtype=torch.float64)
         for name in ("by_age", "by_entropy", "gaps_by_age", "gaps_by_entropy", "prob_gaps")
     )
-    tokens, stale_tokens = float(by_age[:, TOKENS].sum()), float(by_age[1:, TOKENS].sum())
-    n = max(float(gaps_by_age.sum()), 1.0)
+    tokens = float(by_age[:, TOKENS].sum())
+    n, fresh, stale = (max(float(part.sum()), 1.0) for part in (gaps_by_age, gaps_by_age[0], gaps_by_age[1:]))  # with a finite gap
     fresh_max, stale_max, prob_max = (totals[f"mismatch/{name}_max"] for name in ("logprob_gap", "stale_gap", "prob_gap"))
     gap_max = max(fresh_max, stale_max)
     metrics = {
@@ -175,9 +175,9 @@ def mismatch_metrics(totals: Totals) -> dict[str, float]:
         "mismatch/kl_engine_train": totals["mismatch/k3_sum"] / n,
         "mismatch/kl_engine_train_k1": totals["mismatch/k1_sum"] / n,
         "mismatch/ess": _ess(totals["mismatch/k_sum"], totals["mismatch/k_square_sum"], n),
-        "mismatch/logprob_gap_mean": float(by_age[0, GAP_SUM]) / max(tokens - stale_tokens, 1),
+        "mismatch/logprob_gap_mean": float(by_age[0, GAP_SUM]) / fresh,
         "mismatch/logprob_gap_max": fresh_max,
-        "mismatch/stale_gap_mean": float(by_age[1:, GAP_SUM].sum()) / max(stale_tokens, 1),
+        "mismatch/stale_gap_mean": float(by_age[1:, GAP_SUM].sum()) / stale,
         "mismatch/stale_gap_max": stale_max,
         "mismatch/gap_mean": float(by_age[:, GAP_SUM].sum()) / n,
         "mismatch/gap_max": gap_max,

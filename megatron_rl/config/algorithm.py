@@ -18,7 +18,7 @@ class CorrectionConfig(Config):
     cap: PositiveFloat = 2.0  # of tis: min(k, cap)
     phi: PositiveFloat | None = None  # of kpop, and needed there
     sequence_band: tuple[NonNegativeFloat, PositiveFloat] | None = None  # [low, high] of the sequence's geometric mean of k (MIS)
-    off_policy_delta: NonNegativeFloat | None = None  # sequences with A < 0 and mean(old - new) above it give no policy gradient
+    off_policy_delta: NonNegativeFloat | None = None  # sequences with A < 0 and mean(engine - new) above it give no policy gradient
 
     @model_validator(mode="after")
     def _band(self) -> Self:
@@ -87,6 +87,10 @@ class AlgorithmConfig(Config):
             raise ValueError("routing.kind=r2 needs old_logprobs=recompute: that pass is what it replays")
         if self.old_logprobs == "reuse" and self.kl_in == "reward":
             raise ValueError("kl_in=reward needs old_logprobs=recompute: rewards are complete before the update's forward")
+        if self.kl_in == "reward" and self.kl_weight > 0 and self.aggregation == "token_budget":
+            raise ValueError("kl_in=reward needs another aggregation than token_budget: a reward takes the KL of whole responses")
+        if self.kl_in == "reward" and self.kl_weight > 0 and self.kl_estimator == "unbiased":
+            raise ValueError("kl_estimator=unbiased needs kl_in=loss: before the update its ratio is 1, and it is k3")
         if self.kl_in == "loss" and self.kl_weight > 0 and self.kl_estimator == "k1":
             raise ValueError("kl_estimator=k1 needs kl_in=reward: as a loss its gradient has mean 0")
         if self.dual_clip is not None and (self.surrogate != "ppo" or self.dual_clip <= 1 + self.clip_high):

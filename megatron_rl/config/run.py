@@ -79,6 +79,10 @@ class RlRun(Config):
                 f"rollout: max_prompt_tokens + max_response_tokens = {longest} is beyond "
                 f"model.max_position_embeddings={self.model.max_position_embeddings}"
             )
+        if self.rollout.group_size == 1 and self.algorithm.advantage in ("grpo", "dr_grpo", "rloo", "reinforce_pp_baseline"):
+            raise ValueError(
+                f"rollout.group_size=1: algorithm.advantage={self.algorithm.advantage} compares the members of a group"
+            )
         if self.model.moe is None and self.algorithm.routing != RoutingConfig():
             raise ValueError("algorithm.routing: the model has no experts (model.moe is null)")
         if (self.eval.every or self.eval.at_ends) and not self.data.eval:

@@ -164,7 +164,7 @@ class SglangEngine:
 
     async def _events(self, path: str, body: Mapping[str, Any]) -> AsyncGenerator[list[dict[str, Any]], None]:
         """The server-sent events of one POST, as many at a time as have arrived."""
-        rest = b""
+        parts: list[bytes] = []  # of an event that has not come whole: joined once, since experts make it large
         try:
             async with self._watch.stream(), self._session() as session:
                 with closing(await self._watch.wait(session.post(path, data=orjson.dumps(body)))) as response:
@@ -174,7 +174,12 @@ class SglangEngine:
                         self.lose(f"{path} answered {response.status}: {_shortened(content)}")
                     while chunk := await self._watch.wait(response.content.readany()):
                         self._watch.heard()
-                        *lines, rest = (rest + chunk).split(b"\n\n")
+                        ends = b"\n\n" in (parts[-1][-1:] if parts else b"") + chunk
+                        parts.append(chunk)
+                        if not ends:
+                            continue
+                        *lines, rest = b"".join(parts).split(b"\n\n")
+                        parts = [rest] if rest else []
                         events = [orjson.loads(line.removeprefix(b"data: ")) for line in lines if line != b"data: [DONE]"]
                         if events:
                             yield events
@@ -220,6 +225,7 @@ class _Stream:
         self.ended = False
         self._vocab_size, self._routing = vocab_size, routing
         self._versions: list[int] = []
+        self._last: int | None = None  # token
 
     def take(self, event: Mapping[str, Any], aborted: bool) -> Progress | None:
         meta = event["meta_info"]
@@ -248,6 +254,7 @@ class _Stream:
                 raise ValueError(f"token {token} with log-prob {logprob} of token {told}, vocabulary {self._vocab_size}")
         versions = (int(meta["weight_version"]),) * count
         self._versions += versions
+        self._last = tokens[-1] if tokens else self._last
         if self.ended:
             self._check_versions(meta["weight_versions"] if reason != "abort" else meta.get("weight_versions"))
         experts = self._experts(meta.get("routed_experts"), aborted=reason == "abort") if self.ended else b""
@@ -257,7 +264,8 @@ class _Stream:
         return Progress(self.request.rollout_id, tuple(tokens), logprobs, versions, finish, experts)
 
     def _experts(self, reported: str | None, aborted: bool) -> bytes:
-        if not self.request.report_experts or (reported is None and aborted):  # that one had not been computed at all
+        at_end = len(self._versions) == self.request.max_new_tokens or self._last in self.request.sampling.stop_token_ids
+        if not self.request.report_experts or (aborted and not at_end):  # it will go on, and report again
             return b""
         if reported is None or self._routing is None:
             raise ValueError(f"{self.request.rollout_id} has ended without its routed experts")

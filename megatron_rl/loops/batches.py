@@ -110,6 +110,13 @@ def rl_sequences(
     return sequences
 
 
+def recorded_fraction(sequences: Sequence[TrainSequence], routing: RoutingShape) -> float:
+    """The share of response tokens whose log-prob comes from a position with recorded experts."""
+    rows = [len(sequence.experts) // routing.row_bytes + 1 - len(sequence.prompt) for sequence in sequences]
+    known = sum(min(max(0, n), len(sequence.response)) for n, sequence in zip(rows, sequences, strict=True))
+    return known / sum(len(sequence.response) for sequence in sequences)
+
+
 def sequence_kl(
     share: Sequence[PackedBatch], places: Sequence[Sequence[int]], estimator: KlEstimator, sequences: int
 ) -> torch.Tensor:

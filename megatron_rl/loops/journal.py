@@ -24,6 +24,7 @@ from io import BufferedRandom
 from pathlib import Path
 from typing import Any
 
+from megatron_rl.config import UserError
 from megatron_rl.loops.pool import Began, Cut, Entry, Scored, Stopped, Streamed, Taken
 from megatron_rl.types import Progress, Score
 
@@ -47,8 +48,8 @@ class Journal:
         try:
             found = json.loads(payloads[0]) if payloads else None
             entries = [_decoded(payload) for payload in payloads[1:]] if found == wanted else []
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path}: not a journal of this program ({error}); remove it to go on without") from error
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{path}: not a journal of this program ({error}); remove it to go on without", exit_code=1) from error
         if found == wanted:
             self._open(path, keep=sum(FRAME.size + len(payload) for payload in payloads))
         else:

@@ -105,9 +105,9 @@ def update(config: RlRun, parts: RlParts, groups: Sequence[Group], version: int)
         add_field(share, "old_logprobs", policy.logprobs(share, temperature))
     if algorithm.kl_weight:
         add_field(share, "ref_logprobs", policy.reference_logprobs(share, temperature))
-    metrics: dict[str, float] = {}
+    metrics = {"routing/recorded_fraction": batches.recorded_fraction(sequences, routing)} if routing else {}
     if algorithm.kl_weight and algorithm.kl_in == "reward":
-        metrics = penalise(config, parts, groups, sequences, share, batches.places(sequences, **split))
+        metrics |= penalise(config, parts, groups, sequences, share, batches.places(sequences, **split))
     for _ in range(algorithm.updates_per_step):
         totals = policy.train_step(share, parts.loss, temperature)
         metrics |= summarise(totals)

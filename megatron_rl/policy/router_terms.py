@@ -53,5 +53,5 @@ class RouterTerms:
         dist.all_reduce(sums)
         ranks = mpu.get_tensor_and_context_parallel_group().size()  # each has a mean of the z-loss, and a share of the other
         z_loss, load_balance = (sums * mpu.get_pipeline_model_parallel_world_size() / dist.get_world_size()).tolist()
-        found = {"loss/router_z": (self._z_loss, z_loss), "loss/load_balance": (self._load_balance, load_balance * ranks)}
+        found = {"router/z_loss": (self._z_loss, z_loss), "router/load_balance": (self._load_balance, load_balance * ranks)}
         return {name: value for name, (coefficient, value) in found.items() if coefficient}

@@ -29,6 +29,6 @@ def test_terms_are_those_of_one_process() -> None:
     for layout, there in found:
         tolerance = 5e-3 if "fp16" in layout else 2e-6
         for step, expected in zip(there, alone, strict=True):
-            for name in ("loss", "loss/router_z", "loss/load_balance", "policy/grad_norm"):
+            for name in ("loss", "router/z_loss", "router/load_balance", "policy/grad_norm"):
                 assert step[name] == pytest.approx(expected[name], rel=tolerance), (layout, name)
             assert step.get("policy/loss_scale") == (1024.0 if "fp16" in layout else None)

@@ -47,11 +47,9 @@ class ScriptedEngine:
                 raise EngineLost(f"{self.name}: scripted death")
             if self.dies_after is not None:
                 self.dies_after -= 1
-            aborted = {r: end for r, end in at.items() if r in self._aborted}
-            for rollout_id in aborted:
+            for rollout_id in [r for r in at if r in self._aborted]:
                 self._finish(rollout_id, at)
             messages = [self._advance(rollout_id, at, room) for rollout_id in list(at)]
-            messages += [Progress(r, (), (), (), None, rows) for r, end in aborted.items() if (rows := self._experts(r, end))]
             if messages:
                 yield messages
 

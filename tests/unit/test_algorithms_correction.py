@@ -87,7 +87,8 @@ def test_kpop_against_float64_down_to_unlikely_and_up_to_certain_tokens() -> Non
         assert actual_T[decided_T].equal(expected_T[decided_T]) and decided_T.float().mean() > 0.99 and expected_T.any()
     certain_T, likely_T = torch.zeros(1), torch.tensor([-0.1])
     assert kpop_mask(certain_T, certain_T, 0.1).item() == 1.0
-    assert kpop_mask(certain_T, likely_T, 100.0).item() == 0.0  # a coin that never falls otherwise: infinitely far
+    assert kpop_mask(certain_T, likely_T, 1.0).item() == 0.0
+    assert kpop_mask(certain_T, torch.tensor([-1e-7]), 0.1).item() == 1.0  # float32's 0 is no coin that never falls otherwise
 
 
 @pytest.mark.parametrize("name", OF_TOKENS)
@@ -125,7 +126,7 @@ def test_one_undefined_ratio_drops_its_sequence(bad: float) -> None:
 
 
 def test_off_policy_sequence_mask_by_hand() -> None:
-    # mean(old - new): 0.5 x (0.2 + 0.6) = 0.4, twice, with either sign of A; then 0.1, and one that is undefined.
+    # mean(engine - new): 0.5 x (0.2 + 0.6) = 0.4, twice, with either sign of A; then 0.1, and one that is undefined.
     new_T = torch.tensor([-1.2, -1.6, -1.2, -1.6, -1.1, NAN, -1.0])
     old_T, batch = torch.full((7,), -1.0), packed(2, 2, 1, 2)
     advantages_T = torch.tensor([-1.0, -1.0, 1.0, 1.0, -1.0, -1.0, -1.0])

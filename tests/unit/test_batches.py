@@ -11,6 +11,7 @@ import torch
 from megatron_rl.loops.batches import (
     microbatches,
     places,
+    recorded_fraction,
     replace_advantages,
     rl_sequences,
     rollout_advantages,
@@ -166,6 +167,7 @@ def test_tokens_that_no_recorded_position_predicts_weigh_nothing_if_so_wanted() 
         ]
         for r in (None, shape)
     ]
+    assert recorded_fraction(rl_sequences([recorded], 0, advantage="grpo", aggregation="token"), shape) == 4 / 9
     assert weights == [[[True] * 3] * 3, [[True] * 3, [True, False, False], [False] * 3]]
 
 

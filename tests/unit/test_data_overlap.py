@@ -14,7 +14,6 @@ import pyarrow.parquet as pq
 import pytest
 
 from megatron_rl.config import UserError
-from megatron_rl.data.notes import Notes
 from megatron_rl.data.overlap import Benchmarks, Match, ngrams, shingles, skeleton
 from megatron_rl.data.split import write_split
 
@@ -146,23 +145,6 @@ def test_one_that_ended_half_way_goes_on_and_writes_the_same_files(repo_root: Pa
             )
             assert len((tmp_path / "cut" / "decisions.partial.jsonl").read_text().splitlines()) == 1 + 24
     assert written[0] == written[1]
-
-
-def test_a_killed_pass_goes_on_with_what_is_missing(tmp_path: Path) -> None:
-    path = tmp_path / "notes.jsonl"
-    decisions = Notes(path, {"of": 1})
-    decisions.add(None)
-    decisions.add({"rule": "exact"})
-    decisions.close()
-    with path.open("a") as file:
-        file.write('{"ru')
-    again = Notes(path, {"of": 1})
-    assert again.made == [None, {"rule": "exact"}]
-    again.add(None)
-    again.close()
-    assert Notes(path, {"of": 1}).made == [None, {"rule": "exact"}, None]
-    with pytest.raises(UserError, match="of other files or settings"):
-        Notes(path, {"of": 2})
 
 
 def test_a_source_that_changed_meanwhile_is_refused(tmp_path: Path) -> None:

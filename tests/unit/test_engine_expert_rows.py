@@ -31,7 +31,7 @@ def test_rows_leave_dense_layers_out(experts: int) -> None:
         (reported(np.full((5, 3, 2), 8)), "routed experts from 8 to 8, of 8"),
         (reported(np.full((5, 3, 2), -1)), "routed experts from -1 to -1, of 8"),
         (reported(np.zeros((5, 3, 2))), "routed to an expert twice: does this engine record the routers of this model"),
-        ("not base64", "base64|alphabet|character"),
+        ("not base64", "base64|alphabet|character|padding"),
     ],
 )
 def test_what_cannot_be_is_an_error(text: str, message: str) -> None:

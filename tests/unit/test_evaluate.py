@@ -81,7 +81,7 @@ def test_an_interrupted_evaluation_goes_on_and_writes_the_same_file(tmp_path: Pa
 
 def test_samples_of_another_evaluation_are_not_mixed_in(tmp_path: Path) -> None:
     Responses(tmp_path / "responses.jsonl", {"temperature": 0.6})
-    with pytest.raises(UserError, match="of another evaluation"):
+    with pytest.raises(UserError, match="made from other input or settings"):
         Responses(tmp_path / "responses.jsonl", {"temperature": 1.0})
 
 

@@ -91,10 +91,10 @@ def test_gradients_are_those_of_the_terms(
     torch.testing.assert_close(router.weight.main_grad, weight.grad.float(), rtol=1e-4, atol=1e-7)
     parameters = dict(policy.chunks[0].module.named_parameters())  # type: ignore[union-attr]
     assert parameters["embedding.word_embeddings.weight"].main_grad.abs().max() > 0  # type: ignore[union-attr]
-    assert ("loss/router_z" in metrics) == bool(z_loss) and ("loss/load_balance" in metrics) == bool(load_balance)
+    assert ("router/z_loss" in metrics) == bool(z_loss) and ("router/load_balance" in metrics) == bool(load_balance)
     if len(lengths) == 1:
-        assert metrics.get("loss/router_z", float(z)) == pytest.approx(float(z), rel=1e-5)
-        assert metrics.get("loss/load_balance", float(balance)) == pytest.approx(float(balance), rel=1e-5)
+        assert metrics.get("router/z_loss", float(z)) == pytest.approx(float(z), rel=1e-5)
+        assert metrics.get("router/load_balance", float(balance)) == pytest.approx(float(balance), rel=1e-5)
 
 
 def test_the_loss_scale_of_fp16_scales_them_too(ranks: MegatronRanks) -> None:
@@ -107,4 +107,4 @@ def test_the_loss_scale_of_fp16_scales_them_too(ranks: MegatronRanks) -> None:
 def test_without_coefficients_there_are_no_terms(ranks: MegatronRanks) -> None:
     policy = policy_of(ranks)
     metrics = policy.train_step(microbatches(30, 10), nothing, 1.0)
-    assert metrics["policy/grad_norm"] == 0.0 and not {"loss/router_z", "loss/load_balance"} & metrics.keys()
+    assert metrics["policy/grad_norm"] == 0.0 and not {"router/z_loss", "router/load_balance"} & metrics.keys()
