@@ -49,11 +49,18 @@ pytestmark = [pytest.mark.dist, pytest.mark.timeout(1200)]  # the first test wai
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """All layouts of a world size in one launch: most of a launch is the import of Megatron."""
+def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All layouts of a world size that this session asks for in one launch: most of a launch is the import of Megatron."""
     out = tmp_path_factory.mktemp("layouts")
-    for world, layouts in LAYOUTS.items():
-        run_ranks(world, SUPPORT / "layout_run.py", [str(out), json.dumps(layouts)], timeout=580)
+    asked = [item.callspec.params for item in request.session.items if item.path == request.path and hasattr(item, "callspec")]
+    wanted = {(of["world"], of["model"], of["layout"]) for of in asked}
+    for world, models in LAYOUTS.items():
+        layouts = {
+            model: {name: layout for name, layout in named.items() if world == 1 or (world, model, name) in wanted}
+            for model, named in models.items()
+        }
+        if any(layouts.values()):
+            run_ranks(world, SUPPORT / "layout_run.py", [str(out), json.dumps(layouts)], timeout=580)
     return out
 
 
@@ -69,7 +76,16 @@ def assert_close(name: str, actual: Any, expected: Any) -> None:
     torch.testing.assert_close(*tensors, rtol=rtol, atol=atol, msg=lambda text: f"{name}: {text}")
 
 
-RUNS = [(world, model, name) for world, models in LAYOUTS.items() for model, layouts in models.items() for name in layouts]
+SLOW = {  # what other layouts, or tests/dist/test_routing_replay.py, show in part
+    *("DP2, plain optimizer", "EP2, plain optimizer", "TP2, plain optimizer", "TP2 ETP2"),
+    *("EP2, MLPs again", "TP2, MLPs again", "TP2, all again", "PP2, all again"),
+}
+RUNS = [
+    pytest.param(world, model, name, marks=pytest.mark.slow if name in SLOW else ())
+    for world, models in LAYOUTS.items()
+    for model, layouts in models.items()
+    for name in layouts
+]
 
 
 @pytest.mark.parametrize(("world", "model", "layout"), RUNS)
@@ -115,8 +131,11 @@ def test_training_moves_the_weights_and_not_the_reference(results: Path) -> None
 
 def test_replicas(results: Path) -> None:
     """CP, TP and PP ranks share a dp_rank; EP ranks are data-parallel."""
-    places = {layout: [result(results, layout, rank)["dp"] for rank in range(2)] for layout in LING[2]}
+
+    def places(layout: str) -> list[list[int]]:
+        return [result(results, layout, rank)["dp"] for rank in range(2)]
+
     for layout in ("DP2", "EP2"):
-        assert places[layout] == [[0, 2], [1, 2]]
+        assert places(layout) == [[0, 2], [1, 2]]
     for layout in ("TP2", "TP2 EP2", "PP2", "CP2"):
-        assert places[layout] == [[0, 1], [0, 1]]
+        assert places(layout) == [[0, 1], [0, 1]]

@@ -289,6 +289,7 @@ def test_a_killed_server_was_the_last_and_both_come_back(story: Story, caplog: p
     assert warnings(caplog) == [line]
 
 
+@pytest.mark.slow
 def test_a_scheduler_that_stands_still_behind_its_server(story: Story, caplog: pytest.LogCaptureFixture) -> None:
     """The HTTP server goes on answering, an abort among others."""
     scheduler = story.fleet.processes(SECOND)[1]
