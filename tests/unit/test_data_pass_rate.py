@@ -169,7 +169,7 @@ def test_another_band_costs_no_samples_and_other_prompts_are_refused(tool: Any, 
             tool.filtered(config, 0.0, 1.0, never)
     source.write_text(text)
     other = config.model_copy(update={"max_response_tokens": 5})
-    with pytest.raises(UserError, match="of other files or settings"):
+    with pytest.raises(UserError, match="made from other input or settings"):
         tool.filtered(other, 0.0, 1.0, never)
 
 
