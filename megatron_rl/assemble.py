@@ -117,6 +117,11 @@ def policy_parts(config: RlRun | SftRun, run_dir: Path, stack: ExitStack) -> Pol
         stack.enter_context(rundir.owned("run.dir", run_dir))
         rundir.record(run_dir, config)
     start = config.model.init_from
+    of_rl: dict[str, Any] = {}
+    if isinstance(config, RlRun):
+        algorithm = config.algorithm
+        of_rl = {"with_reference": algorithm.kl_weight > 0, "replay": algorithm.routing.kind}
+        of_rl |= {"router_z_loss": algorithm.router_z_loss, "load_balance": algorithm.load_balance}
     policy = MegatronPolicy(
         config.model,
         config.parallel,
@@ -125,10 +130,7 @@ def policy_parts(config: RlRun | SftRun, run_dir: Path, stack: ExitStack) -> Pol
         seed=config.run.seed,
         ranks=ranks,
         load=start_from(Path(start), config.model, config.parallel, ranks, tokenizer) if start else None,
-        with_reference=isinstance(config, RlRun) and config.algorithm.kl_weight > 0,
-        replay=config.algorithm.routing.kind if isinstance(config, RlRun) else "off",
-        router_z_loss=config.algorithm.router_z_loss if isinstance(config, RlRun) else 0.0,
-        load_balance=config.algorithm.load_balance if isinstance(config, RlRun) else 0.0,
+        **of_rl,
     )
     resharder = Resharder(config.model, config.parallel, policy.weights, ranks, EXPORT_BUCKET_BYTES)
     facts = hf_config(config.model, dtype=str(policy.dtype).removeprefix("torch."), **special_tokens(tokenizer))

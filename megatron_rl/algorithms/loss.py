@@ -127,7 +127,7 @@ def summarise(totals: Totals) -> dict[str, float]:
 
 
 def _count(flags_T: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    return flags_T.sum(dtype=like.dtype)  # one dtype for all sums: they are reduced together
+    return flags_T.sum(dtype=like.dtype)
 
 
 def _output(

@@ -13,7 +13,7 @@ from megatron_rl.algorithms.histogram import Histogram
 from megatron_rl.algorithms.loss import policy_loss
 from megatron_rl.config import RlRun, validate
 from megatron_rl.loops.parts import RlParts
-from megatron_rl.loops.rl import update
+from megatron_rl.loops.update import update
 from megatron_rl.types import Group, Prompt, Rollout, Score
 
 
