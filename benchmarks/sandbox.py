@@ -18,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from statistics import median
 
 from megatron_rl.rewards import sandbox
+from megatron_rl.rewards.bubblewrap import Limits
 from megatron_rl.rewards.code import Runner
 from megatron_rl.types import Prompt
 
@@ -52,7 +53,7 @@ def main() -> None:
         assert done.stdout == case["output"]
 
     def empty() -> None:
-        with sandbox.Cell("stdio", sandbox.Limits()) as cell:
+        with sandbox.Cell("stdio", Limits()) as cell:
             cell.ready()
             cell.send({"program": "", "output_limit": 0}, time.monotonic() + 30)
             cell.send({"input": ""}, time.monotonic() + 30)

@@ -9,17 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_rl import rundir
-from megatron_rl.assemble import (
-    EXPORT_BUCKET_BYTES,
-    evaluation_prompts,
-    reward_pool,
-    sampling_params,
-    sglang_engines,
-    write_summary,
-)
+from megatron_rl.assemble import EXPORT_BUCKET_BYTES
 from megatron_rl.config import EvalRun, UserError
 from megatron_rl.data.prompts import fingerprint
 from megatron_rl.data.tokenizer import load_tokenizer
+from megatron_rl.generation import evaluation_prompts, reward_pool, sampling_params, sglang_engines
 from megatron_rl.loops.evaluate import Evaluator
 from megatron_rl.loops.responses import Responses
 from megatron_rl.observability.console import set_up_logging
@@ -69,7 +63,7 @@ def run_eval(config: EvalRun) -> None:
         if responses.rows:
             log.info("going on: %d samples are in %s already", len(responses.rows), out)
         metrics = evaluation_through_losses(evaluator, engines, responses)
-    write_summary(out, metrics | {"checkpoint": str(checkpoint), "prompts": len(evaluator.prompts)})
+    rundir.write_summary(out, metrics | {"checkpoint": str(checkpoint), "prompts": len(evaluator.prompts)})
     for name, value in metrics.items():
         print(f"{name:28} {value:.4g}")
 

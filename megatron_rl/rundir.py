@@ -1,12 +1,14 @@
-"""The run directory: one owner at a time, its configuration on record."""
+"""The run directory: one owner at a time, its configuration and its outcome on record."""
 
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -60,3 +62,9 @@ def record(path: Path, config: RlRun | SftRun) -> None:
     partial = file.with_suffix(".yaml.tmp")
     partial.write_text(yaml.safe_dump(values, sort_keys=False))
     partial.replace(file)
+
+
+def write_summary(folder: Path, values: dict[str, Any]) -> None:
+    partial = folder / "summary.json.tmp"
+    partial.write_text(json.dumps(values, indent=2) + "\n")
+    partial.replace(folder / "summary.json")

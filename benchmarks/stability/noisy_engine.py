@@ -116,7 +116,7 @@ def main() -> None:
         fail("noisy_engine.py: the first argument is eps, a number; then come the overrides of `megatron-rl rl`", 2)
     if "LOCAL_RANK" not in os.environ:
         fail("noisy_engine.py: a rank of torchrun; see its first lines", 2)
-    assemble.RUN[RlRun] = partial(run_rl, eps)
+    assemble.run_rl = partial(run_rl, eps)
     compose_and_run("rl", overrides)
 
 

@@ -48,6 +48,11 @@ class Tokenizer(ABC):
     def encode(self, text: str) -> list[int]:
         return self.encode_many([text])[0]
 
+    @property
+    def special_ids(self) -> dict[str, int]:
+        """As a Hugging Face config names them."""
+        return {"eos_token_id": self.eos_id, "pad_token_id": self.pad_id}
+
 
 class SentencePieceTokenizer(Tokenizer):
     def __init__(self, path: Path) -> None:

@@ -11,7 +11,8 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from megatron_rl.rewards.sandbox import FILE_MB, Cell, Ended, Limits, OutOfTime, linked, require
+from megatron_rl.rewards.bubblewrap import FILE_MB, Limits
+from megatron_rl.rewards.sandbox import Cell, Ended, OutOfTime, linked, require
 from megatron_rl.types import Prompt, Score
 from megatron_rl.verifiers import code
 from megatron_rl.verifiers.code import FunctionTask, Marks, Output, StreamTask, Unfit

@@ -1,9 +1,7 @@
 """Untrusted programs in sandboxes: bubblewrap where it works, and nothing where it does not, unless `unsafe` says so.
 
-A `Cell` is one sandbox: namespaces of its own (processes, network, IPC, host name; users, where the caller is not root), a
-read-only root with the interpreter, its standard library and the system's shared libraries, a small private /tmp, no /proc, no
-environment, no capability, a filter of system calls (`rewards.seccomp`), and a role of `rewards.cell` that has set hard limits
-before it reads the first line of a response. Where the caller is root, the role becomes a user id that nobody else has.
+A `Cell` is one sandbox (bubblewrap.py), behind a filter of system calls (seccomp.py), and a role of `rewards.cell` in it that has
+set hard limits before it reads the first line of a response.
 
 With `unsafe` and no bubblewrap these still hold: the limits on time, on each process's CPU and memory, on a file's and a message's
 size; an empty environment; a working directory that is removed, and the end of the process group. All that the user running this
@@ -20,52 +18,30 @@ Invariants:
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
-import marshal
-import math
 import os
 import select
 import shutil
 import signal
 import socket
 import subprocess
-import sys
-import sysconfig
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import psutil  # type: ignore[import-untyped]
 
 from megatron_rl.config.errors import UserError
-from megatron_rl.rewards import cell, seccomp
+from megatron_rl.rewards import seccomp
+from megatron_rl.rewards.bubblewrap import MESSAGE_LIMIT, Limits, bundle, sandboxed, unprotected
 from megatron_rl.rewards.cell.channel import Channel
 
-TMP_MB = 64  # of the private /tmp, which lies in memory
-FILE_MB = 16  # of one file
-MESSAGE_LIMIT = 8 * 2**20  # bytes that a response can make the reader hold
 LOOK_S = 0.2  # between two looks at a cell's memory
 END_S = 10.0  # for a killed cell's processes to be gone
 START_S = 60.0  # for a cell to start, on a machine where everything else does
-FIRST_UID, UIDS = 2**30, 64  # user ids beyond any real user's, so many for each process
-PYTHON, INSIDE = "/python", "/python/bin/python"  # folder and interpreter, as a cell sees them
-CELL = Path(__file__).parent / "cell"
-PARTS = ("channel", "values", "program")  # of `cell`, that its roles import
 REFUSAL = "reward.code.unsafe=true runs the programs of responses all the same, with this machine's files and network open to them"
-
-_serial = itertools.count()
-
-
-@dataclass(frozen=True)
-class Limits:
-    seconds: float = 5.0  # of a conversation with cells, and of CPU per process
-    memory_mb: int = 512
-    processes: int = 16  # threads count
 
 
 class OutOfTime(Exception):
@@ -120,13 +96,13 @@ class Cell:
             if missing():
                 require(unsafe)
                 self._home = tempfile.TemporaryDirectory(prefix="unsafe-")
-                command = [*interpreter(_python(), code), *arguments(role, limits, 0, 0, sockets)]
+                command = unprotected(role, limits, code, sockets)
             else:
                 self._info, info = os.pipe()
                 opened.callback(os.close, info)
                 filter = _pipe_with(seccomp.program(), opened)
                 fds += [info, filter]
-                command = ["bwrap", "--info-fd", str(info), *sandboxed(role, limits, filter, code, sockets)]
+                command = sandboxed(role, limits, filter, code, sockets, info)
             self._process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
@@ -279,7 +255,7 @@ def missing() -> str:
         code = _pipe_with(bundle("stdio"), opened)
         Channel(ours.fileno(), MESSAGE_LIMIT).send({"program": ""})  # and no input: it starts, and ends
         ours.shutdown(socket.SHUT_WR)
-        command = ["bwrap", *sandboxed("stdio", Limits(), filter, code, [theirs.fileno()])]
+        command = sandboxed("stdio", Limits(), filter, code, [theirs.fileno()])
         fds = (filter, code, theirs.fileno())
         try:
             done = subprocess.run(
@@ -289,70 +265,6 @@ def missing() -> str:
             return f"a trial of bubblewrap did not end within {START_S:g} s"
     words = done.stderr.strip().splitlines()
     return "" if done.returncode == 0 else f"bubblewrap cannot make one: {words[-1] if words else f'exit code {done.returncode}'}"
-
-
-def sandboxed(role: str, limits: Limits, filter: int, code: int, sockets: list[int]) -> list[str]:
-    """bubblewrap's arguments."""
-    uid = FIRST_UID + os.getpid() * UIDS + next(_serial) % UIDS if os.geteuid() == 0 else 0
-    inner = [*interpreter(INSIDE, code), *arguments(role, limits, uid, limits.processes, sockets)]
-    return ["--seccomp", str(filter), *walls(), "--", *inner]
-
-
-@lru_cache(maxsize=1)
-def walls() -> tuple[str, ...]:
-    """bubblewrap's arguments, but for what differs from cell to cell."""
-    out = ["--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts", "--unshare-cgroup-try", "--hostname", "sandbox"]
-    out += ["--die-with-parent", "--new-session", "--clearenv", "--cap-drop", "ALL"]
-    if os.geteuid() == 0:
-        out += ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]  # for cell.start, which has none after that
-    else:
-        out += ["--unshare-user", "--uid", str(FIRST_UID), "--gid", str(FIRST_UID)]
-    for made in ("/usr", PYTHON, f"{PYTHON}/bin", "/dev"):
-        out += ["--perms", "0755", "--dir", made]  # those that bubblewrap makes by itself are closed to other users
-    for folder in ("/lib", "/lib64", "/usr/lib", "/usr/lib64"):
-        if Path(folder).is_symlink():
-            out += ["--symlink", str(Path(folder).readlink()), folder]
-        elif Path(folder).is_dir():
-            out += ["--ro-bind", folder, folder]
-    libraries = Path(sys.base_prefix) / "lib"
-    out += ["--ro-bind", str(libraries), f"{PYTHON}/lib", "--ro-bind", _python(), INSIDE]
-    out += ["--setenv", "LD_LIBRARY_PATH", f"{PYTHON}/lib", "--setenv", "HOME", "/tmp"]
-    version = Path(sysconfig.get_path("stdlib")).name
-    for packages in (f"{version}/site-packages", f"{version}/dist-packages", "python3/dist-packages"):
-        for host, inside in ((libraries, f"{PYTHON}/lib"), (Path("/usr/lib"), "/usr/lib")):
-            if (host / packages).is_dir():
-                out += ["--tmpfs", f"{inside}/{packages}", "--remount-ro", f"{inside}/{packages}"]
-    for device in ("/dev/null", "/dev/zero", "/dev/urandom"):
-        out += ["--dev-bind", device, device]
-    return (*out, "--perms", "1777", "--size", str(TMP_MB * 2**20), "--tmpfs", "/tmp", "--chdir", "/tmp", "--remount-ro", "/")
-
-
-@lru_cache(maxsize=8)
-def bundle(role: str) -> bytes:
-    """The modules of a role, compiled: a cell finds no file of this project, and compiles nothing."""
-    names = [*PARTS, role, "start"]
-    codes = [compile((CELL / f"{name}.py").read_bytes(), f"<{name}>", "exec", dont_inherit=True) for name in names]
-    return marshal.dumps([(f"{cell.__name__}.{name}", code) for name, code in zip(names, codes, strict=True)])
-
-
-def interpreter(python: str, bundle: int) -> list[str]:
-    """Isolated, without `site`: of installed packages nothing is seen. It loads the bundle that waits at a file descriptor."""
-    start = f"""import marshal, sys
-for name, code in marshal.load(open({bundle}, "rb")):
-    sys.modules[name] = module = type(sys)(name)
-    exec(code, module.__dict__)
-module.main()"""
-    return [python, "-I", "-S", "-B", "-X", "utf8", "-c", start]
-
-
-def arguments(role: str, limits: Limits, uid: int, processes: int, sockets: list[int]) -> list[str]:
-    numbers = (uid, math.ceil(limits.seconds), limits.memory_mb * 2**20, processes, FILE_MB * 2**20, MESSAGE_LIMIT, *sockets)
-    return [role, *map(str, numbers)]
-
-
-def _python() -> str:
-    """The interpreter outside of any virtual environment."""
-    return str(Path(getattr(sys, "_base_executable", sys.executable)).resolve())
 
 
 def _pipe_with(data: bytes, opened: contextlib.ExitStack) -> int:

@@ -29,7 +29,7 @@ import psutil
 import pytest
 
 from megatron_rl.config.errors import UserError
-from megatron_rl.rewards import sandbox
+from megatron_rl.rewards import bubblewrap, sandbox
 from megatron_rl.rewards.code import Runner
 from megatron_rl.rewards.pool import RewardPool
 from megatron_rl.types import Prompt, Rollout, Score
@@ -280,9 +280,9 @@ def nothing_is_left() -> Iterator[None]:
     yield
     assert not psutil.Process().children(recursive=True)
     if os.geteuid() == 0:  # a cell's users are this process's alone
-        first = sandbox.FIRST_UID + os.getpid() * sandbox.UIDS
+        first = bubblewrap.FIRST_UID + os.getpid() * bubblewrap.UIDS
         everyone = psutil.process_iter(["uids", "cmdline"])
-        assert not [p.info for p in everyone if p.info["uids"] and p.info["uids"].real in range(first, first + sandbox.UIDS)]
+        assert not [p.info for p in everyone if p.info["uids"] and p.info["uids"].real in range(first, first + bubblewrap.UIDS)]
 
 
 @pytest.fixture(scope="module")
@@ -411,7 +411,8 @@ def test_tests_that_cannot_run_are_an_error(test: str, reason: str) -> None:
 def test_with_the_process_that_made_it_a_cell_dies() -> None:
     code = """
         import os, sys, time
-        from megatron_rl.rewards.sandbox import Cell, Limits
+        from megatron_rl.rewards.bubblewrap import Limits
+        from megatron_rl.rewards.sandbox import Cell
         cell = Cell("stdio", Limits(60.0))
         cell.ready()
         cell.send({"program": "import time; time.sleep(1000)", "output_limit": 10}, time.monotonic() + 60)
