@@ -1,12 +1,25 @@
-"""What turns scores into an update."""
+"""What turns scores into an update.
+
+Invariant (tests/unit/test_frame_config.py): a key that would be without effect beside the others is refused where it is not at its
+default, by name and with the key that it needs.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal, Self
 
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from megatron_rl.config.base import Config
+
+
+def refuse_dead(config: Config, keys: Sequence[str], live: bool, needs: str) -> None:
+    """The YAML groups name every key, so that one counts as set where it differs from its default."""
+    fields = type(config).model_fields
+    dead = [f"{key}={getattr(config, key)}" for key in keys if getattr(config, key) != fields[key].default]
+    if dead and not live:
+        raise ValueError(f"{', '.join(dead)}: without effect, needs {needs}")
 
 
 class CorrectionConfig(Config):
@@ -28,6 +41,9 @@ class CorrectionConfig(Config):
             raise ValueError(f"sequence_band={list(self.sequence_band)}: the first is not below the second")
         if self.kind == "kpop" and self.phi is None:
             raise ValueError("phi=null: kind=kpop needs it, and published values differ twentyfold (0.1, 2.0): measure first")
+        refuse_dead(self, ("low", "high"), self.kind in ("icepop", "clip"), "kind=icepop or clip")
+        refuse_dead(self, ("cap",), self.kind == "tis", "kind=tis")
+        refuse_dead(self, ("phi",), self.kind == "kpop", "kind=kpop")
         return self
 
 
@@ -60,8 +76,9 @@ class AlgorithmConfig(Config):
     zero_variance: Literal["keep", "mask", "drop", "resample"] = "drop"
     correction: CorrectionConfig = CorrectionConfig()
     routing: RoutingConfig = RoutingConfig()
+    # gspo and gmpo are as published with aggregation=sequence; the others weigh a sequence by its length, too
     surrogate: Literal["ppo", "gspo", "cispo", "gmpo", "reinforce"] = "ppo"
-    clip_low: PositiveFloat = 0.2  # of the ratio's distance from 1; under gmpo of its logarithm
+    clip_low: PositiveFloat = 0.2  # of the ratio's distance from 1; under gmpo of its logarithm; cispo has no lower bound
     clip_high: PositiveFloat = 0.2
     dual_clip: PositiveFloat | None = None  # of ppo: the largest ratio that counts against A < 0
     kl_weight: NonNegativeFloat = 0.0  # against the policy the run started from
@@ -95,4 +112,13 @@ class AlgorithmConfig(Config):
             raise ValueError("kl_estimator=k1 needs kl_in=reward: as a loss its gradient has mean 0")
         if self.dual_clip is not None and (self.surrogate != "ppo" or self.dual_clip <= 1 + self.clip_high):
             raise ValueError(f"dual_clip={self.dual_clip} needs surrogate=ppo and to be above 1 + clip_high = {1 + self.clip_high}")
+        return self
+
+    @model_validator(mode="after")
+    def _live(self) -> Self:
+        refuse_dead(self, ("clip_low",), self.surrogate in ("ppo", "gspo", "gmpo"), "surrogate=ppo, gspo or gmpo")
+        refuse_dead(self, ("clip_high",), self.surrogate != "reinforce", "another surrogate than reinforce, which clips nothing")
+        refuse_dead(self, ("kl_estimator", "kl_in"), self.kl_weight > 0, "kl_weight above 0")
+        refuse_dead(self, ("loss_constant",), self.aggregation == "constant", "aggregation=constant")
+        refuse_dead(self, ("train_overflow",), self.train_token_budget is not None, "train_token_budget")
         return self

@@ -85,6 +85,10 @@ class RlRun(Config):
             )
         if self.model.moe is None and self.algorithm.routing != RoutingConfig():
             raise ValueError("algorithm.routing: the model has no experts (model.moe is null)")
+        if self.algorithm.routing.probe_every > self.run.steps:
+            raise ValueError(
+                f"algorithm.routing.probe_every={self.algorithm.routing.probe_every}: run.steps={self.run.steps} has no such step"
+            )
         if (self.eval.every or self.eval.at_ends) and not self.data.eval:
             raise ValueError("data.eval: null, but eval.every or eval.at_ends asks for an evaluation")
         if self.algorithm.kl_in == "reward" and self.rollout.group_release == "early":

@@ -68,9 +68,15 @@ def refusal(repo_root: Path, *overrides: str) -> str:
     [
         (["algorithm.correction.kind=kpop"], "algorithm.correction: phi=null: kind=kpop needs it"),
         (["algorithm.correction.sequence_band=[2,1]"], "algorithm.correction: sequence_band=[2.0, 1.0]"),
-        (["algorithm.kl_in=reward", "algorithm.old_logprobs=reuse"], "kl_in=reward needs old_logprobs=recompute"),
+        (
+            ["algorithm.kl_weight=0.1", "algorithm.kl_in=reward", "algorithm.old_logprobs=reuse"],
+            "kl_in=reward needs old_logprobs=recompute",
+        ),
         (["algorithm.kl_weight=0.1", "algorithm.kl_estimator=k1"], "kl_estimator=k1 needs kl_in=reward"),
-        (["algorithm.kl_in=reward", "rollout.group_release=early"], "kl_in=reward needs rollout.group_release=complete"),
+        (
+            ["algorithm.kl_weight=0.1", "algorithm.kl_in=reward", "rollout.group_release=early"],
+            "kl_in=reward needs rollout.group_release=complete",
+        ),
         (["algorithm.dual_clip=1.1"], "dual_clip=1.1 needs surrogate=ppo and to be above 1 + clip_high"),
         (["algorithm.dual_clip=4", "algorithm.surrogate=gspo"], "dual_clip=4.0 needs surrogate=ppo"),
     ],

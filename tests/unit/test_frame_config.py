@@ -124,6 +124,42 @@ def test_values_that_contradict_each_other_are_named(values: dict[str, Any], key
 
 
 def test_several_mistakes_share_the_line(values: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("settings", "line"),
+    [
+        ({"correction.phi": 0.1}, "algorithm.correction: phi=0.1: without effect, needs kind=kpop"),
+        (
+            {"correction.kind": "none", "correction.low": 0.4},
+            "algorithm.correction: low=0.4: without effect, needs kind=icepop or clip",
+        ),
+        (
+            {"correction.kind": "tis", "correction.low": 0.4, "correction.high": 3.0},
+            "algorithm.correction: low=0.4, high=3.0: without effect, needs kind=icepop or clip",
+        ),
+        ({"correction.cap": 3.0}, "algorithm.correction: cap=3.0: without effect, needs kind=tis"),
+        ({"routing.probe_every": 4}, "algorithm.routing.probe_every=4: run.steps=3 has no such step"),
+        ({"surrogate": "cispo", "clip_low": 0.1}, "algorithm: clip_low=0.1: without effect, needs surrogate=ppo, gspo or gmpo"),
+        ({"surrogate": "reinforce", "clip_high": 0.3}, "algorithm: clip_high=0.3: without effect, needs another surrogate"),
+        ({"kl_estimator": "k2"}, "algorithm: kl_estimator=k2: without effect, needs kl_weight above 0"),
+        ({"kl_in": "reward"}, "algorithm: kl_in=reward: without effect, needs kl_weight above 0"),
+        ({"loss_constant": 100}, "algorithm: loss_constant=100: without effect, needs aggregation=constant"),
+        ({"train_overflow": "discard"}, "algorithm: train_overflow=discard: without effect, needs train_token_budget"),
+    ],
+)
+def test_a_key_without_effect_is_refused_with_what_it_needs(values: dict[str, Any], settings: dict[str, Any], line: str) -> None:
+    for key, value in settings.items():
+        values = changed(values, f"algorithm.{key}", value)
+    assert refusal(values).startswith(line)
+
+
+def test_the_same_keys_pass_where_they_count(values: dict[str, Any]) -> None:
+    counting = {"correction": {"kind": "kpop", "phi": 0.1}, "routing": {"probe_every": 3}, "surrogate": "cispo", "clip_high": 5.0}
+    more = {"kl_estimator": "k2", "kl_weight": 0.1, "aggregation": "constant", "loss_constant": 100}
+    validate(RlRun, changed(values, "algorithm", counting | more | {"train_token_budget": 9, "train_overflow": "discard"}))
+    for correction in ({"kind": "clip", "low": 0.4, "high": 3.0}, {"kind": "tis", "cap": 3.0}):
+        validate(RlRun, changed(values, "algorithm", {"correction": correction}))
+
+
     assert refusal(changed(changed(values, "rollout.top_p", 2.0), "engine.tpp", 2)).split("; ") == [
         "engine.tpp: unknown key",
         "rollout.top_p=2.0: Input should be less than or equal to 1",
