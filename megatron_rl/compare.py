@@ -2,6 +2,7 @@
 
 What it returns are the numbers that a run logs of its own steps (algorithms/mismatch.py), from the same forward pass; for the
 weights that trained on a dump, version N - 1 for rollouts/step_N.jsonl, they are the run's own over these rollouts.
+Which version a checkpoint is of is never guessed: its run says so, or the user.
 
 Invariants (tests/unit/test_compare.py):
 - the numbers are those of the engine's log-probs in the file and the checkpoint's at the temperature of sampling, token by token;
@@ -12,6 +13,7 @@ Invariants (tests/unit/test_compare.py):
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,13 +39,16 @@ from megatron_rl.start import HF, run_of
 if TYPE_CHECKING:
     from megatron_rl.policy.megatron_policy import Load
 
+ROUNDING = 1e-4  # nats by which an engine's arithmetic may leave a sure token above 0
+
 
 @dataclass(frozen=True)
 class Comparison:
     rollouts: int
     tokens: int  # sampled by the engine
     temperature: float
-    version: int | None  # of the checkpoint's weights; None: those that trained on each dump
+    version: int  # of the checkpoint's weights
+    sampled_by: dict[int, int]  # version -> how many of the tokens
     metrics: dict[str, float]
     histograms: dict[str, dict[str, Any]]
 
@@ -53,17 +58,12 @@ class Dumped:
     """A rollout of a dump."""
 
     where: str  # file:line
-    step: int | None  # that trained on it
     prompt: tuple[int, ...]
     response: tuple[int, ...]
     engine_logprobs: tuple[float, ...]
     versions: tuple[int, ...]
 
-    def sequence(self, version: int | None) -> TrainSequence:
-        if version is None:
-            if self.step is None:
-                raise UserError(f"{self.where}: neither its name nor the checkpoint's says which weights are compared: --version")
-            version = self.step - 1
+    def sequence(self, version: int) -> TrainSequence:
         ages = torch.tensor([float(abs(version - sampled_by)) for sampled_by in self.versions])
         return TrainSequence(self.prompt, self.response, {"engine_logprobs": torch.tensor(self.engine_logprobs), "age": ages})
 
@@ -79,8 +79,8 @@ def compare(
     microbatch_tokens: int = 8192,
 ) -> Comparison:
     """`dumps` are a run's rollouts/step_N.jsonl, `checkpoint` is a Hugging Face directory, a conversion's, or a run's
-    checkpoints/step_N. None: the temperature of the dumps' run, the version that the checkpoint's name tells. Masked is what IcePop
-    would mask outside [low, high]."""
+    checkpoints/step_N. None: the temperature of the dumps' run, and what that run knows of the checkpoint's version. Masked is what
+    IcePop would mask outside [low, high]."""
     rollouts = [rollout for dump in dumps for rollout in read_dump(dump)]
     if not rollouts:
         raise UserError(f"{', '.join(map(str, dumps))}: no response has a token", exit_code=1)
@@ -90,24 +90,24 @@ def compare(
     model, load = opened(checkpoint)
     for rollout in rollouts:
         _check_vocabulary(rollout, model.vocab_size, checkpoint)
-    version = version if version is not None else _version_of(checkpoint)
+    version = version if version is not None else version_of(checkpoint, dumps)
     at = temperatures.pop()
     totals = _totals(model, load, [rollout.sequence(version) for rollout in rollouts], gap(low, high), at, microbatch_tokens)
     histograms = {name: histogram.to_json() for name, histogram in mismatch_histograms(totals).items()}
-    tokens = sum(len(rollout.response) for rollout in rollouts)
-    return Comparison(len(rollouts), tokens, at, version, mismatch_metrics(totals), histograms)
+    sampled_by = Counter(sampler for rollout in rollouts for sampler in rollout.versions)
+    metrics = mismatch_metrics(totals)
+    return Comparison(len(rollouts), sampled_by.total(), at, version, dict(sorted(sampled_by.items())), metrics, histograms)
 
 
 def read_dump(file: Path) -> Iterator[Dumped]:
     """The rollouts that have a response."""
-    named = re.fullmatch(r"step_(\d+)", file.stem)
     for where, row in read_jsonl(file):
         try:
             tokens = tokens_of_row(row)
         except ValueError as error:
             raise UserError(f"{where}: {error}", exit_code=1) from None
         if row["response_ids"]:
-            yield Dumped(where, int(named[1]) if named else None, *tokens)
+            yield _checked(Dumped(where, *tokens))
 
 
 def sampling_temperature(dump: Path) -> float:
@@ -182,9 +182,32 @@ def _without_mtp(model: ModelConfig) -> ModelConfig:
     return model.model_copy(update={"num_mtp_layers": 0})
 
 
-def _version_of(checkpoint: Path) -> int | None:
-    named = re.fullmatch(r"step_(\d+)", checkpoint.name)
-    return int(named[1]) if named else None
+def version_of(checkpoint: Path, dumps: Sequence[Path]) -> int:
+    """N of the dumps' own run's checkpoints/step_N, 0 of what that run started from; raises UserError of any other."""
+    folder = checkpoint.resolve()
+    runs = {dump.resolve().parent.parent for dump in dumps}
+    named = re.fullmatch(r"step_(\d+)", folder.name)
+    if named and runs == {folder.parent.parent} and folder.parent.name == "checkpoints":
+        return int(named[1])
+    if all(folder == _started_from(run) for run in runs):
+        return 0
+    raise UserError(f"{checkpoint}: not on record which of the run's weights these are: --version N (after N steps; 0: its start)")
+
+
+def _started_from(run: Path) -> Path | None:
+    try:
+        return Path(yaml.safe_load((run / "config.yaml").read_text())["model"]["init_from"]).resolve()
+    except (OSError, ValueError, yaml.YAMLError, TypeError, KeyError):
+        return None
+
+
+def _checked(rollout: Dumped) -> Dumped:
+    if not rollout.prompt:
+        raise UserError(f"{rollout.where}: 'prompt_ids' is empty: the first token's log-prob needs a prefix", exit_code=1)
+    for at, logprob in enumerate(rollout.engine_logprobs):
+        if logprob > ROUNDING:
+            raise UserError(f"{rollout.where}: {logprob:g} as the log-prob of response token {at}: above 0", exit_code=1)
+    return rollout
 
 
 def _check_vocabulary(rollout: Dumped, vocab_size: int, checkpoint: Path) -> None:

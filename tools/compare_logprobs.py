@@ -76,7 +76,8 @@ def arguments() -> argparse.Namespace:
         "--version",
         type=int,
         metavar="N",
-        help="of the checkpoint's weights; default: N of step_N, else those that trained on each dump",
+        help="of the checkpoint's weights, as the dumps' run counts them; known of that run's own checkpoints/step_N and of what "
+        "it started from (0), needed for all others",
     )
     parser.add_argument("--low", type=float, default=0.5, help="IcePop's band, outside of which a token is masked (default: 0.5)")
     parser.add_argument("--high", type=float, default=5.0, help="(default: 5)")
@@ -93,8 +94,10 @@ def arguments() -> argparse.Namespace:
 
 
 def show(found: Comparison, args: argparse.Namespace, console: Console) -> None:
-    weights = "the weights that trained on them" if found.version is None else f"weights version {found.version}"
-    console.print(f"{found.tokens:,} tokens of {found.rollouts:,} rollouts against {args.checkpoint}, {weights}")
+    console.print(
+        f"{found.tokens:,} tokens of {found.rollouts:,} rollouts against {args.checkpoint}, weights version {found.version}"
+    )
+    console.print(samplers(found))
     console.print(f"temperature {found.temperature:g}; masked outside [{args.low:g}, {args.high:g}]; gaps in nats\n", markup=False)
     numbers = Table("all tokens", "", box=None, header_style="bold")
     numbers.columns[1].justify = "right"
@@ -104,6 +107,13 @@ def show(found: Comparison, args: argparse.Namespace, console: Console) -> None:
     for prefix, heading, groups, first in GROUPS:
         console.print()
         console.print(group_table(found.metrics, prefix, heading, groups, (first, *COLUMNS)))
+
+
+def samplers(found: Comparison) -> str:
+    own = found.sampled_by.get(found.version, 0)
+    others = [version for version in found.sampled_by if version != found.version]
+    said = f"sampled by that version: {own:,} of them ({own / found.tokens:.0%})"
+    return said + (f"; by others, {min(others)} to {max(others)}: {found.tokens - own:,}" if others else "")
 
 
 def group_table(

@@ -20,7 +20,8 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megatron_rl import verifiers
-from megatron_rl.config import UserError
+from megatron_rl.config import UserError, validate
+from megatron_rl.config.rollout import CodeConfig
 from megatron_rl.data.jsonl import field as typed
 from megatron_rl.data.jsonl import read_jsonl
 from megatron_rl.observability.console import set_up_logging
@@ -31,7 +32,7 @@ from megatron_rl.types import Prompt, Rollout, Score
 EXAMPLES = """examples:
   python tools/score.py --verifier math --in pairs.jsonl --out scored.jsonl
   python tools/score.py --verifier math --in pairs.jsonl --out scored.jsonl --math-mode strict --disagreements 50
-  python tools/score.py --verifier code --in solutions.jsonl --out scored.jsonl --workers 2 --timeout-s 30
+  python tools/score.py --verifier code --in solutions.jsonl --out scored.jsonl --workers 2 --code-marks fraction --timeout-s 30
 
 A row has `response` and `gold`, and may have `metadata` (what the verifier needs), `source` and a label: `is_correct`, or `label`
 where that is true or false. The output has a row for each, in order: value, status, extracted, reason, seconds, and the id and
@@ -71,11 +72,24 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--cpu-s", type=float, default=5.0, help="processor time of a response (default 5)")
     parser.add_argument("--memory-mb", type=int, default=4096, help="address space of a worker (default 4096)")
     parser.add_argument("--math-mode", choices=("lenient", "strict"), default="lenient")
+    code = parser.add_argument_group("programs, of --verifier code or mixture; as reward.code.* in training")
+    code.add_argument("--code-marks", choices=("all", "fraction"), help="1 if every test passes, or the share (default all)")
+    code.add_argument("--code-timeout-s", type=float, help="wall time of a response's programs (default 5)")
+    code.add_argument("--code-memory-mb", type=int, help="memory of a sandbox (default 512)")
+    code.add_argument("--code-unsafe", action="store_true", default=None, help="without a sandbox where none can be made")
     parser.add_argument("--disagreements", type=int, default=20, metavar="N", help="how many to print (default 20)")
     args = parser.parse_args(argv)
     for key in ("workers", "timeout_s", "cpu_s", "memory_mb"):
         if getattr(args, key) <= 0:
             parser.error(f"--{key.replace('_', '-')} must be above 0")
+    keys = ("marks", "timeout_s", "memory_mb", "unsafe")
+    given = {key: value for key in keys if (value := getattr(args, f"code_{key}")) is not None}
+    if given and args.verifier not in ("code", "mixture"):
+        parser.error(f"--code-{min(given).replace('_', '-')}: without effect, needs --verifier code or mixture")
+    try:
+        args.code = validate(CodeConfig, given)
+    except UserError as error:
+        parser.error(f"--code-{error}".replace("_", "-"))
     return args
 
 
@@ -144,6 +158,7 @@ async def score_file(args: argparse.Namespace, console: Console) -> None:
         {args.verifier: verifiers.MODULES[args.verifier]} if args.verifier != "mixture" else verifiers.MODULES,
         limits=Limits(args.cpu_s, args.memory_mb),
         metadata={"math_mode": args.math_mode},
+        code=args.code.model_dump(),
     )
     partial = args.out.with_name(f"{args.out.name}.partial")
     try:

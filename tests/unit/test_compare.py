@@ -7,6 +7,7 @@ import math
 import runpy
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,10 @@ from tiny_families import model_of, write_family
 
 from megatron_rl.algorithms.batch import PackedBatch
 from megatron_rl.checkpoint.store import CheckpointStore
-from megatron_rl.compare import compare
+from megatron_rl.compare import compare, version_of
 from megatron_rl.config.errors import UserError
 from megatron_rl.config.model import OptimizerConfig, ParallelConfig
+from megatron_rl.observability.rollout_rows import FLOATS, packed
 from megatron_rl.observability.tracker import RunTracker
 from megatron_rl.policy import MegatronPolicy, MegatronRanks, weights
 from megatron_rl.resharding.hf import load_hf
@@ -106,8 +108,9 @@ def expected(run: Path) -> dict[str, Any]:
 
 def test_numbers_agree_with_a_direct_computation_for_checkpoints_of_all_kinds(run: Path, dump: Path) -> None:
     of_run = compare([dump], run / "checkpoints/step_8")
-    of_hf = compare([dump], run / "hf", microbatch_tokens=20)  # does not say its version: the dump's step does
-    assert (of_run.version, of_hf.version) == (8, None)
+    of_hf = compare([dump], run / "hf", version=8, microbatch_tokens=20)
+    assert (of_run.version, of_hf.version) == (8, 8)
+    assert of_run.sampled_by == of_hf.sampled_by == Counter(8 - row["age"] for row in json.loads((run / "exact.json").read_text()))
     for found in (of_run, of_hf):
         assert (found.rollouts, found.tokens, found.temperature) == (4, 52, TEMPERATURE)
         for name, value in expected(run).items():
@@ -150,13 +153,31 @@ def test_bad_dumps_are_named_with_their_line(run: Path, dump: Path, tmp_path: Pa
     )
     assert refused([written(good[-1])], run / "hf") == f"{file}: no response has a token"
     assert "no such file" in refused([tmp_path / "rollouts/step_4.jsonl"], run / "hf")
-    renamed = tmp_path / "rollouts/mine.jsonl"
-    renamed.write_text(good[0] + "\n")
-    assert refused([renamed], run / "hf").endswith("says which weights are compared: --version")
+    row = json.loads(good[0])
+    assert refused([written(good[1], json.dumps(row | {"prompt_ids": ""}))], run / "hf").startswith(
+        f"{file}:2: 'prompt_ids' is empty"
+    )
+    likely = packed([-0.5, 0.25, *[-1.0] * (row["tokens"] - 2)], FLOATS)
+    assert refused([written(json.dumps(row | {"engine_logprobs": likely}))], run / "hf") == (
+        f"{file}:1: 0.25 as the log-prob of response token 1: above 0"
+    )
     stray = tmp_path / "step_9.jsonl"
     stray.write_text(good[0] + "\n")
     assert f"{stray}: there is no " in refused([stray], run / "hf")
-    assert math.isfinite(compare([stray], run / "hf", temperature=1.0).metrics["mismatch/gap_mean"])
+    assert math.isfinite(compare([stray], run / "hf", temperature=1.0, version=0).metrics["mismatch/gap_mean"])
+
+
+def test_a_version_is_known_from_the_dumps_own_run_or_asked_for(run: Path, dump: Path, tmp_path: Path) -> None:
+    elsewhere = tmp_path / "checkpoints/step_8"
+    elsewhere.mkdir(parents=True)
+    assert version_of(run / "checkpoints/step_8", [dump]) == 8
+    for unknown in (run / "hf", elsewhere):
+        with pytest.raises(UserError, match=r"not on record which of the run's weights these are: --version N"):
+            version_of(unknown, [dump])
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"model": {"init_from": str(run / "hf")}}))
+    assert version_of(run / "hf", [tmp_path / "rollouts/step_1.jsonl"]) == 0
+    with pytest.raises(UserError, match="--version N"):
+        version_of(run / "hf", [tmp_path / "rollouts/step_1.jsonl", dump])
 
 
 def test_bad_checkpoints_are_named(run: Path, dump: Path, tmp_path: Path) -> None:
@@ -181,10 +202,12 @@ def test_the_tool_as_a_user_meets_it(
 
     found = json.loads(printed(dump, "--checkpoint", run / "checkpoints/step_8", "--json"))
     assert found["metrics"]["mismatch/gap_mean"] == pytest.approx(expected(run)["mismatch/gap_mean"], rel=1e-4)
-    shown = printed(dump, "--checkpoint", run / "hf")
+    shown = printed(dump, "--checkpoint", run / "hf", "--version", 8)
     assert f"{found['metrics']['mismatch/gap_mean']:.3g}" in shown
     for words in (
         "52 tokens of 4 rollouts",
+        "weights version 8",
+        "sampled by that version: ",
         "temperature 0.7; masked outside [0.5, 5]",
         "4 to 7",
         "top 5 %",

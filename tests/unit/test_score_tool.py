@@ -54,6 +54,29 @@ def test_metadata_reach_the_verifier_and_the_mode_the_response(repo_root: Path, 
     assert [json.loads(line)["status"] for line in out.read_text().splitlines()] == ["unparsable", "correct"]
 
 
+def test_settings_of_programs_reach_them(repo_root: Path, tmp_path: Path) -> None:
+    """The echo of half the cases, against a limit of time that is enough for one and not for the other."""
+    cases = [{"input": "1", "output": "1"}, {"input": "2", "output": "3"}]
+    row = {"gold": "", "metadata": {"cases": cases}}
+    wait = "import time; time.sleep(60)"
+    rows = [row | {"response": f"```python\n{program}\n```"} for program in ("print(input())", wait)]
+    out = tmp_path / "scored.jsonl"
+    arguments = ["--verifier", "code", "--in", write(tmp_path / "p.jsonl", rows), "--out", out, "--code-unsafe"]
+    assert score(repo_root, *arguments, "--code-marks", "fraction", "--code-timeout-s", "2").returncode == 0
+    assert [(row["value"], row["status"]) for row in map(json.loads, out.read_text().splitlines())] == [
+        (0.5, "wrong"),
+        (0, "timeout"),
+    ]
+
+
+def test_settings_of_programs_are_looked_at(repo_root: Path, tmp_path: Path) -> None:
+    arguments = ["--in", write(tmp_path / "p.jsonl", ROWS), "--out", tmp_path / "o.jsonl"]
+    dead = score(repo_root, "--verifier", "math", *arguments, "--code-memory-mb", "100")
+    assert dead.returncode == 2 and "--code-memory-mb: without effect, needs --verifier code or mixture" in dead.stderr
+    small = score(repo_root, "--verifier", "code", *arguments, "--code-memory-mb", "1")
+    assert small.returncode == 2 and "--code-memory-mb=1: Input should be greater than or equal to 64" in small.stderr
+
+
 @pytest.mark.parametrize(
     ("rows", "fault"),
     [
