@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING
 from megatron_rl.config import EvalRun, RlRun, UserError
 from megatron_rl.config.model import ModelConfig
 from megatron_rl.config.rollout import EngineConfig, RewardConfig
-from megatron_rl.data.prompts import PromptStream, read_prompts
+from megatron_rl.data.prompts import read_prompts
+from megatron_rl.data.stream import PromptStream
 from megatron_rl.data.tokenizer import Tokenizer
 from megatron_rl.loops.evaluate import Evaluator
 from megatron_rl.loops.signals import StopFlag
@@ -70,8 +71,10 @@ def rollout_parts(config: RlRun, run_dir: Path, tokenizer: Tokenizer, stop: Stop
     from megatron_rl.loops.journal import Journal
     from megatron_rl.resharding.quantizing import QuantizingSink
 
-    rollout, algorithm, sync = config.rollout, config.algorithm, config.engine.sync
-    prompts = read_prompts(config.data.train, tokenizer, rollout.max_prompt_tokens, config.data)
+    rollout, algorithm, sync, data = config.rollout, config.algorithm, config.engine.sync, config.data
+    prompts = read_prompts(data.train, tokenizer, rollout.max_prompt_tokens, data)
+    stream = PromptStream(prompts, config.run.seed, data.shuffle, data.stages, data.curriculum)
+    stack.callback(lambda: stream.history.write(run_dir / "pass_history.jsonl", stream.prompts))
     rewards = reward_pool(config.reward, tokenizer, rollout.max_response_tokens)
     stack.callback(rewards.close)
     rewards.expect(prompts)
@@ -88,9 +91,9 @@ def rollout_parts(config: RlRun, run_dir: Path, tokenizer: Tokenizer, stop: Stop
     sampling = sampling_params(rollout.temperature, rollout.max_response_tokens, tokenizer, rollout.top_p, rollout.top_k)
     settings = scheduler_settings(config)
     tell_outlook(settings, config)
-    stream = PromptStream(prompts, config.run.seed, config.data.shuffle)
     about = {"format": 2, "model": config.model.model_dump(mode="json"), "reward": config.reward.model_dump(mode="json")}
     about |= {"routing": algorithm.routing.model_dump(mode="json"), "advantage": algorithm.advantage}
+    about |= {"data": data.model_dump(mode="json", include={"stages", "curriculum"})}
     journal = Journal(run_dir / "journal", about)
 
     def is_useful(group: Group) -> bool:

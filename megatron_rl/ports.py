@@ -135,13 +135,22 @@ class Rewards(Protocol):
 
 
 class Prompts(Protocol):
-    """An endless, resumable, seeded stream over the training prompts, epoch after epoch."""
+    """An endless, resumable, seeded stream over the training prompts, stage after stage, epoch after epoch."""
+
+    def begin(self, version: int) -> None:
+        """A phase of weights `version` begins, or goes on: their stage is in force."""
 
     def take(self) -> tuple[str, Prompt]:
         """(group id, prompt); the group id is unique over the whole run: `<epoch>:<prompt id>`."""
 
     def give_back(self, group_id: str) -> None:
-        """A group that was dropped: its prompt is offered again under the same id."""
+        """A group that was dropped: its prompt is offered again under the same id, or not at all if its stage is over."""
+
+    def judged(self, group_id: str, scores: Sequence[Score]) -> None:
+        """Of a group, or of a part of one that was released early: what its prompt's pass history is made of."""
+
+    def metrics(self) -> dict[str, float]:
+        """Where the stream stands."""
 
     def state_dict(self) -> dict[str, Any]: ...
 

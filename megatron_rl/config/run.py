@@ -95,6 +95,16 @@ class RlRun(Config):
             raise ValueError("algorithm.kl_in=reward needs rollout.group_release=complete: early members' log-probs are gone")
         return self
 
+    @model_validator(mode="after")
+    def _stages(self) -> Self:
+        stages, steps = self.data.stages, self.run.steps
+        named = sum(stage.steps or 0 for stage in stages)
+        if stages and stages[-1].steps is None and named >= steps:
+            raise ValueError(f"run.steps={steps}: the stages of data.stages have {named} before the last one's rest begins")
+        if stages and stages[-1].steps is not None and named != steps:
+            raise ValueError(f"run.steps={steps}: the stages of data.stages have {named}")
+        return self
+
 
 class SftStage(Config):
     data: str  # JSONL of {"prompt", "response"}

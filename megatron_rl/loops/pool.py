@@ -119,6 +119,7 @@ class Pool:
         """What is left to do outside: StopAll and Release."""
         match entry:
             case Began(version):
+                self.prompts.begin(version)
                 return self._apply([sched.PhaseStarted(version)])
             case Streamed(messages):
                 return self._apply([event for message in messages for event in self._extend(message)])
@@ -149,7 +150,7 @@ class Pool:
         """Of the phase just done, before its groups are taken."""
         growing = [len(each.tokens) for each in self.rollouts.values() if each.finish_reason is None]
         lengths = length_metrics(self.settings, self._ended, growing, self._given_up, self._trained)
-        return sched.metrics(self.state, self.settings) | lengths
+        return sched.metrics(self.state, self.settings) | lengths | self.prompts.metrics()
 
     @property
     def running(self) -> list[str]:
@@ -218,6 +219,7 @@ class Pool:
 
     def _judge(self, part_id: str, members: tuple[Rollout, ...], scores: tuple[Score, ...]) -> list[sched.Action]:
         group_id = sched.group_of(members[0].id)
+        self.prompts.judged(group_id, scores)
         earlier = self._rewards.pop(group_id, ())
         group = Group(part_id, members[0].prompt, members, scores, tuple(reward for reward in earlier if reward is not None))
         if len(earlier) + len(members) < self.settings.group_size:

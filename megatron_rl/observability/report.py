@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -30,6 +31,8 @@ from megatron_rl.observability.summary import read_rows
 Row = Mapping[str, Any]
 SAMPLES = 8  # shown of the first dump and of the last
 VERSION_COLOURS = 4
+DOMAINS = 6  # lines of a chart, at most
+DOMAIN_GROUPS = "reward/groups/"
 
 # title, unit, axis, (metric, name) of each line, note
 CHARTS: tuple[tuple[str, str, Scale, tuple[tuple[str, str], ...], str], ...] = (
@@ -212,10 +215,24 @@ def curves(steps: Sequence[Row], evaluations: Sequence[Row]) -> str:
         line_chart(title, [Series(name, _points(steps, key)) for key, name in lines], unit, scale, note)
         for title, unit, scale, lines, note in CHARTS
     ]
+    figures.insert(1, rewards_by_domain(steps))
     if len(evaluations) > 2:
         lines = [Series(name, _points(evaluations, f"eval/accuracy{suffix}")) for suffix, name in PASSES]
         figures.insert(1, line_chart("Held-out accuracy", lines, "%"))
     return f'<div class="grid3">{"".join(figures)}</div>'
+
+
+def rewards_by_domain(steps: Sequence[Row]) -> str:
+    """Of the domains with the most groups; one alone is the whole."""
+    groups: Counter[str] = Counter()
+    for row in steps:
+        for key, value in row.items():
+            if key.startswith(DOMAIN_GROUPS) and value:
+                groups[key.removeprefix(DOMAIN_GROUPS)] += value
+    if len(groups) < 2:
+        return ""
+    shown = [Series(domain, _points(steps, f"reward/mean/{domain}")) for domain, _ in groups.most_common(DOMAINS)]
+    return line_chart("Reward by domain", shown, note=f"The largest of {len(groups)} domains." if len(groups) > DOMAINS else "")
 
 
 def samples(folder: Path) -> str:

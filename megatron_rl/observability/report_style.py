@@ -3,12 +3,13 @@
 CSS = """
 :root { color-scheme: light dark; --ink: #16191d; --soft: #5b6470; --faint: #8a939e; --page: #f7f8fa; --card: #ffffff;
   --rule: #e3e6ea;
-  --s1: #1f6fd1; --s2: #d2691e; --s3: #15866f; --good: #15803d; --bad: #b42318; --goodbg: #e6f4ea; --badbg: #fdecea;
+  --s1: #1f6fd1; --s2: #d2691e; --s3: #15866f; --s4: #8b4bd0; --s5: #b8336a; --s6: #7a6a00;
+  --good: #15803d; --bad: #b42318; --goodbg: #e6f4ea; --badbg: #fdecea;
   --v0: #dbeafe; --v1: #fde8d3; --v2: #d5f0e6; --v3: #ece3fb; }
 @media (prefers-color-scheme: dark) { :root { --ink: #e8eaed; --soft: #a5adb8; --faint: #7b8491; --page: #111418;
   --card: #1a1e24;
-  --rule: #2c323a; --s1: #6aa9f7; --s2: #f0975a; --s3: #4fc7a8; --good: #6fcf8e; --bad: #f28b82; --goodbg: #16301f;
-  --badbg: #3a1c19;
+  --rule: #2c323a; --s1: #6aa9f7; --s2: #f0975a; --s3: #4fc7a8; --s4: #b892f0; --s5: #f08ab4; --s6: #cdbb52;
+  --good: #6fcf8e; --bad: #f28b82; --goodbg: #16301f; --badbg: #3a1c19;
   --v0: #1d3557; --v1: #4a2f17; --v2: #143d33; --v3: #372a52; } }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--page); color: var(--ink); font: 15px/1.55 system-ui, "Segoe UI", Roboto, sans-serif; }
@@ -34,12 +35,15 @@ h3 { font-size: 14px; margin: 0; font-weight: 600; }
 .legend b { color: var(--ink); font-weight: 600; font-variant-numeric: tabular-nums; }
 .key i { display: inline-block; width: 10px; height: 3px; border-radius: 2px; margin: 0 6px 3px 0; }
 i.s1 { background: var(--s1); } i.s2 { background: var(--s2); } i.s3 { background: var(--s3); }
+i.s4 { background: var(--s4); } i.s5 { background: var(--s5); } i.s6 { background: var(--s6); }
 .note { font-size: 12px; color: var(--faint); margin: 2px 0 6px; }
 .grid { stroke: var(--rule); stroke-width: 1; } .tick { fill: var(--faint); font-size: 10.5px;
   font-variant-numeric: tabular-nums; }
 .line { fill: none; stroke-width: 2; stroke-linejoin: round; stroke-linecap: round; } .raw { stroke-width: 1; opacity: .38; }
 path.s1 { stroke: var(--s1); } path.s2 { stroke: var(--s2); } path.s3 { stroke: var(--s3); }
+path.s4 { stroke: var(--s4); } path.s5 { stroke: var(--s5); } path.s6 { stroke: var(--s6); }
 circle.s1 { fill: var(--s1); } circle.s2 { fill: var(--s2); } circle.s3 { fill: var(--s3); }
+circle.s4 { fill: var(--s4); } circle.s5 { fill: var(--s5); } circle.s6 { fill: var(--s6); }
 .fill { stroke: none; opacity: .16; } path.fill.s1 { fill: var(--s1); } path.fill.s2 { fill: var(--s2); }
 path.fill.s3 { fill: var(--s3); }
 .cursor { stroke: var(--faint); stroke-dasharray: 3 3; }

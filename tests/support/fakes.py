@@ -124,6 +124,13 @@ class CountedPrompts:
     def __init__(self, tokens: int = 2) -> None:
         self.next, self.tokens, self.returned = 0, tokens, []  # type: ignore[var-annotated]
 
+    def begin(self, version: int) -> None: ...
+
+    def judged(self, group_id: str, scores: Sequence[Score]) -> None: ...
+
+    def metrics(self) -> dict[str, float]:
+        return {}
+
     def take(self) -> tuple[str, Prompt]:
         number = self.returned.pop() if self.returned else self.next
         self.next += number == self.next

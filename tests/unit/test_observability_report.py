@@ -255,6 +255,23 @@ def test_a_run_that_measured_no_gap_has_no_such_section(tmp_path: Path) -> None:
     assert "Mismatch" not in Page(write_report(tmp_path)).text
 
 
+def test_domains_share_a_chart_of_their_rewards(tmp_path: Path) -> None:
+    def page(domains: int) -> str:
+        rows = [{"step": step, "reward/mean": 0.5} for step in (1, 2, 3)]
+        for row in rows:
+            row |= {f"reward/groups/domain{i}": i + 1.0 for i in range(domains)} | {
+                f"reward/mean/domain{i}": 0.1 for i in range(domains)
+            }
+        (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return Page(write_report(tmp_path)).text
+
+    assert "Reward by domain" not in page(1)
+    assert "Reward by domain" in page(2) and "The largest of" not in page(2)
+    largest = page(8)
+    assert "The largest of 8 domains." in largest
+    assert [i for i in range(8) if f"domain{i}" in largest] == [2, 3, 4, 5, 6, 7]
+
+
 def test_the_area_of_a_histogram_is_its_share_of_all() -> None:
     """Two bins below, one above, of 1/4, 1/4 and 1/2: heights on an axis from 0 to 60 %."""
     below, above = Histogram(-2.0, 0.5, (1.0, 1.0)), Histogram(-2.0, 0.5, (0.0, 2.0))
