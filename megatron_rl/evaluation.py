@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("megatron_rl")
 WHAT_COUNTS: Any = {  # of the configuration, for what is sampled and judged
     **dict.fromkeys(("checkpoint", "data", "eval", "reward", "seed", "max_prompt_tokens", "max_response_tokens"), True),
-    "engine": {"device", "dtype", "tp", "server_args"},
+    "engine": {"device", "dtype", "tp", "deterministic", "server_args"},
 }
 
 
@@ -47,7 +47,7 @@ def run_eval(config: EvalRun) -> None:
         evaluator = Evaluator(
             config=config.eval,
             prompts=prompts,
-            sampling=sampling_params(1.0, config.max_response_tokens, tokenizer),
+            sampling=sampling_params(1.0, config.max_response_tokens, tokenizer, seed=config.seed),
             engines=engines,
             rewards=rewards,
             encode=tokenizer.encode,

@@ -88,7 +88,9 @@ def rollout_parts(config: RlRun, run_dir: Path, tokenizer: Tokenizer, stop: Stop
     sink: WeightSink = EngineWeights(engines, config.engine.tp, sync.timeout_s, sync.transport)
     if sync.quantize == "fp8":
         sink = QuantizingSink(sink, sync.verify)
-    sampling = sampling_params(rollout.temperature, rollout.max_response_tokens, tokenizer, rollout.top_p, rollout.top_k)
+    sampling = sampling_params(
+        rollout.temperature, rollout.max_response_tokens, tokenizer, rollout.top_p, rollout.top_k, config.run.seed
+    )
     settings = scheduler_settings(config)
     tell_outlook(settings, config)
     about = {"format": 2, "model": config.model.model_dump(mode="json"), "reward": config.reward.model_dump(mode="json")}
@@ -189,6 +191,6 @@ def sglang_engines(
 
 
 def sampling_params(
-    temperature: float, max_response_tokens: int, tokenizer: Tokenizer, top_p: float = 1.0, top_k: int = -1
+    temperature: float, max_response_tokens: int, tokenizer: Tokenizer, top_p: float = 1.0, top_k: int = -1, seed: int = 0
 ) -> SamplingParams:
-    return SamplingParams(temperature, top_p, top_k, max_response_tokens, (tokenizer.eos_id,))
+    return SamplingParams(temperature, top_p, top_k, max_response_tokens, (tokenizer.eos_id,), seed=seed)

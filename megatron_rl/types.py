@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from hashlib import blake2b
 from typing import Any, Literal
 
 FinishReason = Literal["stop", "length"]
@@ -146,6 +147,7 @@ class GenerateRequest:
     max_new_tokens: int
     sampling: SamplingParams
     report_experts: bool = False  # when it ends: an engine with new weights computes all positions again
+    seed: int = 0  # of the run; see GenerateRequest.seed
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,6 +160,13 @@ class TensorSpec:
 
 
 Manifest = Sequence[Sequence[TensorSpec]]  # of a push, bucket by bucket: some engines only take certain tensors together
+
+    @property
+    def seed(self) -> int:
+        """Its own, from the run's: the epoch, the prompt's id and the number of the sample decide it, not the engine, the moment or
+        what was generated so far. An engine under `engine.deterministic` draws a token from this and the token's position."""
+        said = f"{self.sampling.seed} {self.rollout_id}".encode("utf-8", "surrogatepass")
+        return int.from_bytes(blake2b(said, digest_size=8).digest()) >> 1  # as engines take it: 63 bits
 
 
 @dataclass(frozen=True, slots=True)

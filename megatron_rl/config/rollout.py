@@ -27,6 +27,7 @@ class EngineConfig(Config):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     # auto: as model.dtype; where that is auto, too, or in an evaluation: bfloat16 on CUDA, float32 on a CPU
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    deterministic: bool = False  # a request's seed decides its samples (SGLang's deterministic inference)
     host: str = "127.0.0.1"
     port: int = Field(default=0, ge=0, le=65_535)  # engine i listens on port + i; 0: any free port
     api_key: str | None = None  # null: a fresh random key per run

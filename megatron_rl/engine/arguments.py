@@ -35,6 +35,7 @@ def server_arguments(
         "max_total_tokens": config.max_total_tokens,
         "mem_fraction_static": config.mem_fraction_static,
         "weight_version": STARTUP_VERSION,
+        "enable_deterministic_inference": config.deterministic,
         "sampling_defaults": "openai",  # nothing from the checkpoint's generation_config.json: the request says it all
         # Token ids in, token ids out, only what is new, many tokens at a time: HTTP and JSON compete with the model.
         "skip_tokenizer_init": True,

@@ -314,3 +314,4 @@ def _reason(error: BaseException) -> str:
 
 def _shortened(content: bytes) -> str:
     return content[:300].decode(errors="replace") or "(empty)"
+        "sampling_seed": request.seed,  # without deterministic inference SGLang reads it and goes by its own generator

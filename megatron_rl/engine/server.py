@@ -5,9 +5,9 @@ SGLang is unmodified; what differs goes through the arguments of its `launch_ser
   class is registered, which SGLang has but does not register (srt/utils/hf_transformers/common.py:115), and a plain one for
   BailingMoe, of which it has the model alone. Its schedulers answer what a weight push asks before and after (intake.py), and
   can record the experts of every model that has some (expert_record.py).
-- On a CPU: stand-ins for two things that have no CPU build (standins.py), attention over whole batches (cpu_attention.py), and a
-  factor that the native path forgets (cpu_experts.py). Children are forked, not spawned, and there is no detokenizer: that halves
-  the time to start and the memory.
+- On a CPU: stand-ins for two things that have no CPU build (standins.py), attention over whole batches (cpu_attention.py), a
+  factor that the native path forgets (cpu_experts.py), and samples by the seeds of requests (cpu_determinism.py). Children are
+  forked, not spawned, and there is no detokenizer: that halves the time to start and the memory.
 - On CUDA nothing more.
 
 Secrets come by environment, since everyone on the machine can read a command line.
@@ -99,10 +99,11 @@ def prepare_cpu() -> None:
     from megatron_rl.engine import standins
 
     standins.install()
-    from megatron_rl.engine import cpu_attention, cpu_experts
+    from megatron_rl.engine import cpu_attention, cpu_determinism, cpu_experts
     from megatron_rl.engine.hooks import hook
 
     cpu_attention.register()
+    cpu_determinism.register()
     cpu_experts.register()
     hook("sglang.srt.entrypoints.engine._set_envs_and_config", "AFTER", fork_children)
     hook("sglang.srt.entrypoints.engine.Engine._launch_detokenizer_subprocesses", "REPLACE", launch_no_detokenizer)

@@ -1,4 +1,5 @@
-"""A real SGLang server on a CPU against the plain-torch reference: log-probs, weight pushes, aborts and continuations.
+"""A real SGLang server on a CPU against the plain-torch reference: log-probs, weight pushes, aborts and continuations, and samples
+by the seeds of requests (in other files servers sample by their own generator).
 
 Its KV cache is small on purpose: requests queue, and some are thrown out of the batch and come back.
 """
@@ -7,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +21,7 @@ from safetensors.torch import load_file
 from tiny_checkpoint import TINY_CONFIG, manifest_of, random_weights, write_checkpoint
 
 from megatron_rl.checksum import checksum
+from megatron_rl.config import UserError
 from megatron_rl.config.rollout import EngineConfig
 from megatron_rl.engine.arguments import STARTUP_VERSION
 from megatron_rl.engine.client import SglangEngine
@@ -49,7 +52,7 @@ def engine_log(run_dir: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def engines(run_dir: Path) -> Iterator[SglangEngines]:
-    config = EngineConfig(device="cpu", max_total_tokens=KV_TOKENS, stream_interval=4)
+    config = EngineConfig(device="cpu", max_total_tokens=KV_TOKENS, stream_interval=4, deterministic=True)
     path = write_checkpoint(run_dir / "hf", seed=0, **OVERRIDES)
     fleet = SglangEngines(config, str(path), run_dir, context_length=256, seed=0, routing=ROUTING)
     fleet.start()
@@ -151,6 +154,53 @@ def test_greedy_stop_and_length(engines: SglangEngines, engine: SglangEngine) ->
     assert stopped["0:0#0"].tokens == tuple(answer[: answer.index(stop) + 1]) and stopped["0:0#0"].finish_reason == "stop"
 
 
+@pytest.mark.parametrize("sampling", [{"temperature": 0.6}, {"temperature": 1.0, "top_p": 0.8, "top_k": 40}], ids=str)
+def test_a_seed_decides_the_samples_however_they_are_made(
+    engines: SglangEngines, engine: SglangEngine, engine_log: Path, sampling: dict[str, Any]
+) -> None:
+    """All at once, in another order, in two parts as on two servers, and cut in the middle; some are thrown out of the batch."""
+    push(engines, random_weights(CONFIG, seed=12), version=12)
+    prompts = random_prompts(64, seed=4, longest=12)
+    requests = requests_for(prompts, 40, seed=1, **sampling)
+    retractions = engine_log.read_text().count("Retract requests")
+    expected = {name: rollout.tokens for name, rollout in generate(engine, requests).items()}
+    assert engine_log.read_text().count("Retract requests") > retractions
+
+    def tokens(*parts: Sequence[GenerateRequest]) -> dict[str, tuple[int, ...]]:
+        return {name: rollout.tokens for part in parts for name, rollout in generate(engine, part).items()}
+
+    assert tokens(requests[::-1]) == expected
+    assert tokens(requests[1::2], requests[::2]) == expected
+    cut = generate(engine, requests, abort_at=900)
+    rest = [
+        replace(r, tokens=r.tokens + cut[r.rollout_id].tokens, max_new_tokens=40 - len(cut[r.rollout_id].tokens))
+        for r in requests
+        if cut[r.rollout_id].finish_reason is None
+    ]
+    assert any(cut[r.rollout_id].tokens for r in rest)
+    went_on = tokens(rest)
+    assert {name: rollout.tokens + went_on.get(name, ()) for name, rollout in cut.items()} == expected
+    others = tokens(requests_for(prompts, 40, seed=2, **sampling))
+    assert sum(others[name] == expected[name] for name in others) == 0
+
+
+def test_seeded_samples_follow_the_probabilities(engines: SglangEngines, engine: SglangEngine) -> None:
+    weights = random_weights(CONFIG, seed=13)
+    push(engines, weights, version=13)
+    prompt = [9, 8, 7]
+    logprobs_V = torch.log_softmax(reference_logits(weights, CONFIG, prompt)[-1].double(), -1)
+    got = generate(engine, requests_for([prompt] * 1500, 1))
+    counts_V = (
+        torch.zeros(len(logprobs_V))
+        .double()
+        .index_add_(0, torch.tensor([r.tokens[0] for r in got.values()]), torch.ones(1500).double())
+    )
+    expected_V = 1500 * logprobs_V.exp()
+    often_V = expected_V > 5
+    chi_squared = ((counts_V - expected_V) ** 2 / expected_V)[often_V].sum().item()
+    assert often_V.sum() > 20 and chi_squared < often_V.sum() + 5 * (2 * often_V.sum()) ** 0.5
+
+
 def experts_of(rows: bytes) -> torch.Tensor:
     return torch.tensor(list(rows), dtype=torch.long).view(-1, ROUTING.layers - ROUTING.first_dense, ROUTING.top_k).sort(-1).values
 
@@ -183,6 +233,56 @@ def test_a_continued_rollout_keeps_each_tokens_version_logprob_and_experts(engin
     for name in before.keys() - unfinished.keys():
         sequence = (*prompt_of[name], *before[name].tokens)
         assert torch.equal(experts_of(before[name].experts), reference_experts(old, CONFIG, sequence)[:-1])
+
+
+def test_with_supports_logprobs_are_the_models_within_what_was_left_of_the_vocabulary(
+    engines: SglangEngines, engine: SglangEngine
+) -> None:
+    """Through retractions, an abort and a continuation. top_p and top_k both cut."""
+    weights = random_weights(CONFIG, seed=9)
+    weights["lm_head.weight"] *= 8
+    push(engines, weights, version=9)
+    prompts = random_prompts(48, seed=1)
+    cut = {"temperature": 0.8, "top_p": 0.9, "top_k": 20}
+    requests = requests_for(prompts, 40, **cut, report_support=True)
+    got = generate(engine, requests, abort_at=500)
+    unfinished = [r for r in requests if got[r.rollout_id].finish_reason is None]
+    assert unfinished
+    goes_on = [
+        replace(r, tokens=(*r.tokens, *got[r.rollout_id].tokens), max_new_tokens=40 - len(got[r.rollout_id].tokens))
+        for r in unfinished
+    ]
+    for name, rest in generate(engine, goes_on).items():
+        progress = Progress(name, rest.tokens, rest.engine_logprobs, rest.versions, rest.finish_reason, support=rest.support)
+        got[name] = got[name].extended(progress)
+
+    sizes, gap, gap_to_whole = set(), 0.0, 0.0
+    for request in requests:
+        rollout = got[request.rollout_id]
+        supports = [torch.tensor(array("i", ids), dtype=torch.long) for ids in rollout.support]
+        assert len(supports) == len(rollout.tokens) > 0
+        x_LV = reference_logits(weights, CONFIG, [*request.tokens, *rollout.tokens])[len(request.tokens) - 1 : -1] / 0.8
+        p_LV = x_LV.softmax(-1)
+        left_LV = torch.stack([torch.zeros(x_LV.size(1), dtype=torch.bool).index_fill(0, ids, True) for ids in supports])
+        likeliest_cut_L = p_LV.masked_fill(left_LV, 0.0).amax(-1)
+        assert (p_LV.masked_fill(~left_LV, 1.0).amin(-1) > likeliest_cut_L - 1e-5).all(), "the likeliest are left"
+        mass_L = (p_LV * left_LV).sum(-1)
+        assert ((mass_L > 0.9 - 1e-4) | (left_LV.sum(-1) == 20)).all()
+        sizes |= set(left_LV.sum(-1).tolist())
+        tokens_L1 = torch.tensor(rollout.tokens)[:, None]
+        expected_L = x_LV.masked_fill(~left_LV, -torch.inf).log_softmax(-1).gather(1, tokens_L1)[:, 0]
+        gap = max(gap, (expected_L - torch.tensor(rollout.engine_logprobs)).abs().max().item())
+        gap_to_whole = max(gap_to_whole, worst_gap(weights, request.tokens, rollout, 0.8))
+    assert min(sizes) < 3 and max(sizes) == 20
+    assert gap < TOLERANCE < 0.1 < gap_to_whole
+
+    plain = requests_for(prompts[:8], 20, **cut)
+    without = generate(engine, plain)
+    assert all(rollout.support == () for rollout in without.values())
+    assert max(worst_gap(weights, r.tokens, without[r.rollout_id], 0.8) for r in plain) < TOLERANCE
+    with pytest.raises(UserError, match=r"keep_sampling_mask: return_sampling_mask requires .* \(rollout\.top_k, "):
+        generate(engine, [replace(plain[0], sampling=replace(plain[0].sampling, top_k=-1, report_support=True))])
+    assert engine.lost is None
 
 
 def test_single_requests_can_be_aborted_while_others_go_on(engine: SglangEngine) -> None:

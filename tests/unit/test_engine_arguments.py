@@ -39,6 +39,12 @@ def test_each_device_gets_its_own_flags() -> None:
     assert "--enable-memory-saver" in cuda and "--base-gpu-id=6" in cuda and not any("attention-backend" in flag for flag in cuda)
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_deterministic_inference_is_sglangs_own_on_every_device(device: str) -> None:
+    flag = "--enable-deterministic-inference"
+    assert flag in flags(device, deterministic=True) and flag not in flags(device)
+
+
 def test_server_args_replace_ours_or_take_them_away() -> None:
     taken_away = {"sleep_on_idle": False, "random_seed": None}
     wanted = {"stream_interval": 99, "enable_mixed_chunk": True, "lora_paths": ["a", "b"], **taken_away}

@@ -121,7 +121,8 @@ def test_streams_tokens_logprobs_and_versions_of_a_batch() -> None:
         assert body["input_ids"] == [[3, 4], [5]]
         assert body["return_logprob"] is True and body["stream"] is True
         assert body["sampling_params"] == [
-            {"temperature": 0.7, "top_p": 1.0, "top_k": -1, "max_new_tokens": n, "stop_token_ids": [9]} for n in (5, 4)
+            {"temperature": 0.7, "top_p": 1.0, "top_k": -1, "max_new_tokens": n, "stop_token_ids": [9], "sampling_seed": seed}
+            for n, seed in ((5, REQUESTS[0].seed), (4, REQUESTS[1].seed))
         ]
         data = reply.event(0, [1]) + reply.event(1, [2]) + reply.event(0, [3, 9], "stop") + reply.event(1, [3, 4, 5], "length")
         for cut in range(0, len(data), 7):  # messages that end anywhere

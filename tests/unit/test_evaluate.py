@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from megatron_rl.config import UserError
 from megatron_rl.config.run import EvalConfig
 from megatron_rl.loops.evaluate import Evaluator
 from megatron_rl.loops.responses import Responses
-from megatron_rl.types import EngineLost, Prompt, SamplingParams
+from megatron_rl.types import EngineLost, GenerateRequest, Progress, Prompt, SamplingParams
 
 PROMPTS = tuple(Prompt(f"p{i}", f"{i}?", (1, 1), "a", "exact", metadata={"forced_prefix": "ab"}) for i in range(5))
 
@@ -77,6 +79,28 @@ def test_an_interrupted_evaluation_goes_on_and_writes_the_same_file(tmp_path: Pa
     assert (cut / "responses.jsonl").read_bytes() == (whole / "responses.jsonl").read_bytes() and not partial.exists()
     del metrics["time/eval_s"], expected["time/eval_s"]
     assert metrics == expected
+
+
+def test_what_is_asked_of_engines_is_seeded_by_run_prompt_and_sample_alone() -> None:
+    class Noting(ScriptedEngine):
+        async def generate(self, requests: Sequence[GenerateRequest]) -> AsyncIterator[Sequence[Progress]]:
+            seeds.update({(request.tokens, request.rollout_id): request.seed for request in requests})
+            async for messages in super().generate(requests):
+                yield messages
+
+    def asked(engines: int, seed: int, prompts: Sequence[Prompt]) -> dict[tuple[tuple[int, ...], str], int]:
+        seeds.clear()
+        with asyncio.Runner() as runner:
+            fleet = ScriptedEngines([Noting(str(number), 2) for number in range(engines)])
+            each = evaluator(fleet, runner, forced_prefix=True)
+            replace(each, prompts=prompts, sampling=replace(each.sampling, seed=seed)).metrics()
+        return dict(seeds)
+
+    seeds: dict[tuple[tuple[int, ...], str], int] = {}
+    expected = asked(1, 5, PROMPTS)
+    assert len(set(expected.values())) == 15, "of five prompts three samples, in the forced pass, too"
+    assert asked(2, 5, PROMPTS[::-1]) == expected
+    assert not set(asked(1, 6, PROMPTS).values()) & set(expected.values())
 
 
 def test_samples_of_another_evaluation_are_not_mixed_in(tmp_path: Path) -> None:
