@@ -5,7 +5,8 @@ weights that trained on a dump, version N - 1 for rollouts/step_N.jsonl, they ar
 Which version a checkpoint is of is never guessed: its run says so, or the user.
 
 Invariants (tests/unit/test_compare.py):
-- the numbers are those of the engine's log-probs in the file and the checkpoint's at the temperature of sampling, token by token;
+- the numbers are those of the engine's log-probs in the file and the checkpoint's at the temperature of sampling, token by token,
+  and within its support where the file has one;
 - a token's age is the number of versions between the weights that sampled it and those of the checkpoint, whichever are older;
 - what is wrong with a file or a checkpoint is one line that names it, the line of the file included.
 """
@@ -13,6 +14,7 @@ Invariants (tests/unit/test_compare.py):
 from __future__ import annotations
 
 import re
+from array import array
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -29,7 +31,7 @@ from megatron_rl.config import UserError, validate
 from megatron_rl.config.model import ModelConfig, OptimizerConfig, ParallelConfig
 from megatron_rl.data.jsonl import read_jsonl
 from megatron_rl.loops.batches import TrainSequence, microbatches
-from megatron_rl.observability.rollout_rows import tokens_of_row
+from megatron_rl.observability.rollout_rows import support_of_row, tokens_of_row
 from megatron_rl.ports import TokenLoss
 from megatron_rl.resharding.families import model_values
 from megatron_rl.resharding.hf import load_hf
@@ -62,10 +64,12 @@ class Dumped:
     response: tuple[int, ...]
     engine_logprobs: tuple[float, ...]
     versions: tuple[int, ...]
+    support: tuple[bytes, ...]
 
     def sequence(self, version: int) -> TrainSequence:
         ages = torch.tensor([float(abs(version - sampled_by)) for sampled_by in self.versions])
-        return TrainSequence(self.prompt, self.response, {"engine_logprobs": torch.tensor(self.engine_logprobs), "age": ages})
+        fields = {"engine_logprobs": torch.tensor(self.engine_logprobs), "age": ages}
+        return TrainSequence(self.prompt, self.response, fields, support=self.support)
 
 
 def compare(
@@ -103,11 +107,11 @@ def read_dump(file: Path) -> Iterator[Dumped]:
     """The rollouts that have a response."""
     for where, row in read_jsonl(file):
         try:
-            tokens = tokens_of_row(row)
+            tokens, support = tokens_of_row(row), support_of_row(row)
         except ValueError as error:
             raise UserError(f"{where}: {error}", exit_code=1) from None
         if row["response_ids"]:
-            yield _checked(Dumped(where, *tokens))
+            yield _checked(Dumped(where, *tokens, support))
 
 
 def sampling_temperature(dump: Path) -> float:
@@ -211,7 +215,8 @@ def _checked(rollout: Dumped) -> Dumped:
 
 
 def _check_vocabulary(rollout: Dumped, vocab_size: int, checkpoint: Path) -> None:
-    strange = [token for token in (*rollout.prompt, *rollout.response) if not 0 <= token < vocab_size]
+    left = array("i", b"".join(rollout.support))
+    strange = [token for token in (*rollout.prompt, *rollout.response, *left) if not 0 <= token < vocab_size]
     if strange:
         theirs = f"{checkpoint} has a vocabulary of {vocab_size}"
         raise UserError(f"{rollout.where}: token id {strange[0]}, but {theirs}: it is of another model", exit_code=1)

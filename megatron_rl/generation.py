@@ -9,7 +9,7 @@ import asyncio
 import json
 import logging
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -93,7 +93,7 @@ def rollout_parts(config: RlRun, run_dir: Path, tokenizer: Tokenizer, stop: Stop
     )
     settings = scheduler_settings(config)
     tell_outlook(settings, config)
-    about = {"format": 2, "model": config.model.model_dump(mode="json"), "reward": config.reward.model_dump(mode="json")}
+    about = {"format": 3, "model": config.model.model_dump(mode="json"), "reward": config.reward.model_dump(mode="json")}
     about |= {"routing": algorithm.routing.model_dump(mode="json"), "advantage": algorithm.advantage}
     about |= {"data": data.model_dump(mode="json", include={"stages", "curriculum"})}
     journal = Journal(run_dir / "journal", about)
@@ -102,8 +102,9 @@ def rollout_parts(config: RlRun, run_dir: Path, tokenizer: Tokenizer, stop: Stop
         failed, advantage = config.reward.exclude_failed, algorithm.advantage
         return bool(usable_groups([group], advantage=advantage, zero_variance="drop", exclude_failed=failed))
 
+    kept = replace(sampling, report_support=rollout.keep_sampling_mask)
     conductor = Conductor(
-        settings, sampling, engines, rewards, stream, journal, stop, runner, rollout.timeout_s, is_useful, needs_experts
+        settings, kept, engines, rewards, stream, journal, stop, runner, rollout.timeout_s, is_useful, needs_experts
     )
     evaluator = None
     if config.data.eval:
@@ -136,10 +137,10 @@ def tell_outlook(settings: Settings, config: RlRun) -> None:
     kv_tokens = engine.max_total_tokens and engine.max_total_tokens * engine.count
     line, warnings = outlook(settings, rollout.max_prompt_tokens, rollout.max_response_tokens, kv_tokens)
     log.info("%s", line)
-    if rollout.top_p < 1.0 or rollout.top_k > 0:
+    if (rollout.top_p < 1.0 or rollout.top_k > 0) and not rollout.keep_sampling_mask:
         warnings.append(
             f"rollout.top_p={rollout.top_p:g}, top_k={rollout.top_k}: log-probs are those before the cut, on both sides; no ratio "
-            "is that of what sampled"
+            "is that of what sampled (keep_sampling_mask=true: all are)"
         )
     if config.model.moe is None and config.algorithm.router_z_loss + config.algorithm.load_balance > 0:
         warnings.append("algorithm.router_z_loss, load_balance: without effect, the model has no experts")

@@ -33,7 +33,9 @@ class Rollout:
     """One response to a prompt, finished or not. All per-token tuples have one entry per response token.
 
     A rollout may have been generated over several steps and engines: `versions[t]` is the weight version that sampled token t,
-    `engine_logprobs[t]` the log-prob (nats, at the sampling temperature) that engine reported for it.
+    `engine_logprobs[t]` the log-prob (nats, at the sampling temperature) that engine reported for it, and `support[t]` the ids that
+    top-p and top-k had left to sample it from, itself among them, as little-endian int32: the log-prob is of the softmax over
+    those. Where it is empty, or ends before t, it is of the softmax over the whole vocabulary.
     """
 
     id: str  # "<epoch>:<prompt id>#<sample>", see rollout_id
@@ -44,6 +46,7 @@ class Rollout:
     versions: tuple[int, ...] = ()
     finish_reason: FinishReason | None = None  # None while unfinished
     experts: bytes = b""  # rows (RoutingShape) of the first so many positions, the prompt's included: as the last engine chose
+    support: tuple[bytes, ...] = ()  # of the first so many tokens
 
     def __post_init__(self) -> None:
         if not len(self.tokens) == len(self.engine_logprobs) == len(self.versions):
@@ -51,6 +54,8 @@ class Rollout:
                 f"rollout {self.id}: {len(self.tokens)} tokens, {len(self.engine_logprobs)} engine log-probs and "
                 f"{len(self.versions)} versions; each token needs one of each"
             )
+        if len(self.support) > len(self.tokens):
+            raise ValueError(f"rollout {self.id}: supports of {len(self.support)} tokens, and only {len(self.tokens)} tokens")
 
     def extended(self, progress: Progress) -> Rollout:
         return replace(
@@ -60,6 +65,7 @@ class Rollout:
             versions=self.versions + progress.versions,
             finish_reason=progress.finish_reason,
             experts=progress.experts or self.experts,
+            support=self.support + progress.support_after(len(self.tokens) - len(self.support)),
         )
 
 
@@ -73,6 +79,11 @@ class Progress:
     versions: tuple[int, ...]
     finish_reason: FinishReason | None = None
     experts: bytes = b""  # with the last message: of all positions but the last, those of earlier requests included
+    support: tuple[bytes, ...] = ()  # of each of the tokens, or of none
+
+    def support_after(self, unknown: int) -> tuple[bytes, ...]:
+        """What to append to the supports of a rollout whose last `unknown` tokens have none."""
+        return (b"",) * unknown + self.support if self.support else ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +147,7 @@ class SamplingParams:
     top_k: int = -1  # -1: the whole vocabulary
     max_response_tokens: int = 1024
     stop_token_ids: tuple[int, ...] = ()
+    report_support: bool = False  # and log-probs within it
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,6 @@
 """Packed token batches and what a loss returns.
 
-Shape legend: T tokens of a microbatch (all segments end to end), S segments (sequences), G samples of a group.
+Shape legend: T tokens of a microbatch (all segments end to end), S segments (sequences), G samples of a group, K ids of supports.
 
 Invariants:
 - every per-token field is aligned with the token itself: entry t of `advantages`, `old_logprobs`, `loss_mask` and so on belongs to
@@ -22,6 +22,19 @@ def alone(values: torch.Tensor) -> torch.Tensor:
 
 
 @dataclass(frozen=True)
+class Support:
+    """Of tokens that were sampled after a cut (top-p, top-k): the ids that were left, the token's own among them, each once. Their
+    log-prob and entropy are those of the softmax over these alone; of tokens without an entry, over the whole vocabulary
+    (Keep Sampling Mask, arXiv 2512.02556)."""
+
+    ids_K: torch.Tensor  # int64
+    tokens_K: torch.Tensor  # int64, ascending: the token of the batch that an id might have been
+
+    def to(self, device: torch.device) -> Support:
+        return Support(self.ids_K.to(device), self.tokens_K.to(device))
+
+
+@dataclass(frozen=True)
 class PackedBatch:
     """Sequences end to end, without padding (THD). A field's entries where `loss_mask` is 0 are ignored by losses."""
 
@@ -30,6 +43,7 @@ class PackedBatch:
     loss_mask_T: torch.Tensor  # float32: 1 on response tokens
     fields: dict[str, torch.Tensor] = field(default_factory=dict)  # name -> (T,), e.g. advantages, engine_logprobs, old_logprobs
     experts_TLK: torch.Tensor | None = None  # int16: the engine's of each token's own position, MoE layers x top-k; -1: unknown
+    support: Support | None = None
     over_cp: Callable[[torch.Tensor], torch.Tensor] = alone  # *collective*: the sum over the CP ranks that share the segments
 
     @property

@@ -63,6 +63,7 @@ class RolloutConfig(Config):
     temperature: float = Field(default=1.0, ge=0.0)
     top_p: float = Field(default=1.0, gt=0.0, le=1.0)
     top_k: int = Field(default=-1, ge=-1)
+    keep_sampling_mask: bool = False  # all log-probs are of the softmax over what top_p and top_k left of the vocabulary
     max_prompt_tokens: PositiveInt = 1024
     max_response_tokens: PositiveInt = 4096
     timeout_s: PositiveFloat = 3600.0  # of one phase
@@ -80,6 +81,11 @@ class RolloutConfig(Config):
             raise ValueError("group_release=early needs scheduler=c3po_pp, and on_stale=finish or restart")
         if self.top_k == 0:
             raise ValueError("top_k=0 leaves no token to sample; -1 means the whole vocabulary")
+        if self.keep_sampling_mask and (self.temperature == 0 or self.top_k < 2):  # SGLang reports no set that has no limit
+            raise ValueError(
+                f"keep_sampling_mask=true needs temperature > 0 and top_k of 2 or more (beside any top_p), "
+                f"not temperature={self.temperature:g} and top_k={self.top_k}"
+            )
         return self
 
     @property

@@ -9,6 +9,7 @@ Invariants:
 - with the first fault all streams of a server end, each with that same EngineLost; an abort is answered within `stall_timeout_s` or
   is such a fault;
 - tokens, engine log-probs and versions of a Progress are equally many, and a request gets at most `max_new_tokens` in all;
+- with `report_support` every token has a support that holds it, of ids of the vocabulary, each once, and its log-prob within it;
 - a token's version is the one the server stamped on it; an aborted request delivers all it had and ends unfinished.
 """
 
@@ -20,9 +21,11 @@ import http.client
 import itertools
 import json
 import math
+from array import array
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import aclosing, closing
 from dataclasses import dataclass, field
+from http import HTTPStatus
 from typing import Any, NoReturn
 
 import aiohttp
@@ -87,6 +90,7 @@ class SglangEngine:
             "sampling_params": [_sampling(request) for request in requests],
             "return_logprob": True,
             "return_routed_experts": any(request.report_experts for request in requests),  # one answer for all of a call
+            "return_sampling_mask": [request.sampling.report_support for request in requests],
             "stream": True,
         }
         try:
@@ -233,7 +237,7 @@ class _Stream:
         if self.ended or reason not in (None, "stop", "length", "abort"):
             raise ValueError(f"an event with finish_reason={reason!r} for {self.request.rollout_id}, ended={self.ended}")
         if reason == "abort" and not aborted:
-            raise ValueError(f"aborted {self.request.rollout_id} by itself: {meta['finish_reason'].get('message')}")
+            self._explain_abort(meta["finish_reason"])
         self.ended = reason is not None
 
         tokens, pairs = event["output_ids"], meta.get("output_token_logprobs") or []
@@ -252,6 +256,9 @@ class _Stream:
         for token, (logprob, told, _) in zip(tokens, pairs, strict=True):
             if token != told or not 0 <= token < self._vocab_size or not math.isfinite(logprob):
                 raise ValueError(f"token {token} with log-prob {logprob} of token {told}, vocabulary {self._vocab_size}")
+        support: tuple[bytes, ...] = ()
+        if self.request.sampling.report_support:
+            logprobs, support = self._within_support(tokens, meta)
         versions = (int(meta["weight_version"]),) * count
         self._versions += versions
         self._last = tokens[-1] if tokens else self._last
@@ -261,7 +268,26 @@ class _Stream:
         if not tokens and not experts and reason in (None, "abort"):
             return None
         finish: FinishReason | None = None if reason == "abort" else reason
-        return Progress(self.request.rollout_id, tuple(tokens), logprobs, versions, finish, experts)
+        return Progress(self.request.rollout_id, tuple(tokens), logprobs, versions, finish, experts, support)
+
+    def _within_support(self, tokens: Sequence[int], meta: Mapping[str, Any]) -> tuple[tuple[float, ...], tuple[bytes, ...]]:
+        """Log-probs of the distribution that was sampled from, and what of the vocabulary the cut had left of it."""
+        logprobs, supports = meta.get("output_token_sampling_logprobs") or [], meta.get("output_token_sampling_mask") or []
+        if not len(tokens) == len(logprobs) == len(supports):
+            raise ValueError(f"{len(tokens)} tokens, {len(logprobs)} log-probs within {len(supports)} supports")
+        for token, logprob, ids in zip(tokens, logprobs, supports, strict=True):
+            if token not in ids or len(set(ids)) < len(ids) or not 0 <= min(ids) <= max(ids) < self._vocab_size:
+                raise ValueError(f"token {token} with a support of {len(ids)} ids, vocabulary {self._vocab_size}: {ids[:8]}")
+            if not math.isfinite(logprob):
+                raise ValueError(f"token {token} with log-prob {logprob} within its support")
+        return tuple(logprobs), tuple(array("i", ids).tobytes() for ids in supports)
+
+    def _explain_abort(self, reason: Mapping[str, Any]) -> NoReturn:
+        if self.request.sampling.report_support and reason.get("status_code") == HTTPStatus.BAD_REQUEST:
+            # A support beyond the server's limit (batch_result_processor.py:1226), or none: another engine would say the same.
+            keys = "rollout.top_k, engine.server_args.sampling_mask_max_tokens"
+            raise UserError(f"rollout.keep_sampling_mask: {reason['message']} ({keys})", exit_code=1)
+        raise ValueError(f"aborted {self.request.rollout_id} by itself: {reason.get('message')}")
 
     def _experts(self, reported: str | None, aborted: bool) -> bytes:
         at_end = len(self._versions) == self.request.max_new_tokens or self._last in self.request.sampling.stop_token_ids

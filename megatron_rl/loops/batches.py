@@ -3,7 +3,7 @@
 Invariants (tests/unit/test_batches.py):
 - the aggregation weights are fixed before packing, over all replicas: how sequences fall into microbatches never changes the loss;
 - what leaves the update under zero_variance=mask leaves no divisor: the others weigh what they would weigh beside it;
-- experts stay with the position that chose them, whatever is cut from the end of a response (tests/unit/test_batches.py);
+- experts stay with the position that chose them, and supports with their token, whatever is cut from the end of a response;
 - every replica gets the same number of microbatches, since expert- and pipeline-parallel ranks meet in each of them.
 """
 
@@ -18,7 +18,7 @@ import torch
 
 from megatron_rl.algorithms.advantages import AdvantageMethod, step_advantages, teaches_nothing
 from megatron_rl.algorithms.aggregation import AggregationMethod, token_weights
-from megatron_rl.algorithms.batch import PackedBatch
+from megatron_rl.algorithms.batch import PackedBatch, Support
 from megatron_rl.algorithms.kl import KlEstimator, kl_estimate
 from megatron_rl.scheduler.packing import pack
 from megatron_rl.types import Group, RoutingShape
@@ -35,6 +35,7 @@ class TrainSequence:
     fields: dict[str, torch.Tensor]  # name -> (len(response),)
     rollout_id: str = ""
     experts: bytes = b""  # rows of a RoutingShape, of the first so many positions
+    support: tuple[bytes, ...] = ()  # of the first so many response tokens, as Rollout has it
 
     def __len__(self) -> int:
         return len(self.prompt) + len(self.response)
@@ -106,7 +107,7 @@ def rl_sequences(
         prompt = rollout.prompt.tokens
         if recorded:
             fields["weight"][max(0, len(rollout.experts) // recorded.row_bytes + 1 - len(prompt)) :] = 0.0
-        sequences.append(TrainSequence(prompt, rollout.tokens[:kept], fields, rollout.id, rollout.experts))
+        sequences.append(TrainSequence(prompt, rollout.tokens[:kept], fields, rollout.id, rollout.experts, rollout.support[:kept]))
     return sequences
 
 
@@ -191,12 +192,26 @@ def _experts(members: Sequence[TrainSequence], routing: RoutingShape) -> torch.T
     return experts_TLK
 
 
+def _support(members: Sequence[TrainSequence]) -> Support | None:
+    ids_of_tokens: list[bytes] = []
+    for member in members:
+        unknown = len(member.response) - len(member.support)
+        ids_of_tokens += [b""] * len(member.prompt) + list(member.support) + [b""] * unknown
+    joined = bytearray().join(ids_of_tokens)
+    if not joined:
+        return None
+    sizes_T = torch.tensor([len(ids) for ids in ids_of_tokens]) // 4
+    return Support(torch.frombuffer(joined, dtype=torch.int32).long(), torch.arange(len(sizes_T)).repeat_interleave(sizes_T))
+
+
 def _packed(members: Sequence[TrainSequence], mask: float, device: torch.device) -> PackedBatch:
     lengths = torch.tensor([0, *(len(member) for member in members)])
     total = int(lengths.sum())
     response_at = torch.cat(
         [torch.arange(end - len(m.response), end) for m, end in zip(members, lengths.cumsum(0)[1:].tolist(), strict=True)]
     )
+
+    support = _support(members)
 
     def spread(values: torch.Tensor) -> torch.Tensor:
         return torch.zeros(total).index_copy_(0, response_at, values).to(device)
@@ -206,4 +221,5 @@ def _packed(members: Sequence[TrainSequence], mask: float, device: torch.device)
         cu_seqlens=lengths.cumsum(0).to(device=device, dtype=torch.int32),
         loss_mask_T=spread(torch.full((len(response_at),), mask)),
         fields={name: spread(torch.cat([m.fields[name] for m in members])) for name in members[0].fields},
+        support=support and support.to(device),
     )

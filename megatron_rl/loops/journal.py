@@ -1,7 +1,8 @@
 """The write-ahead log of the rollouts: what the pool was told since the last checkpoint, so that a run that was killed need not
 generate it again. `journal/step_N.log` holds what came after the checkpoint of step N.
 
-A record is its length and CRC-32, then a line of JSON and the arrays that it announces: 16 bytes a token, and its experts.
+A record is its length and CRC-32, then a line of JSON and the arrays that it announces: 16 bytes a token, and its experts and
+support where they are recorded.
 
 Invariants:
 - what was written survives the death of the process, and after `sync` that of the machine;
@@ -20,7 +21,7 @@ import zlib
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
-from io import BufferedRandom
+from io import BufferedRandom, BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -115,13 +116,14 @@ def _records(path: Path) -> Iterator[bytes]:
 def _encoded(entry: Entry) -> bytes:
     match entry:
         case Streamed(messages):
-            heads = [[m.rollout_id, len(m.tokens), len(m.experts), m.finish_reason] for m in messages]
+            heads = [[m.rollout_id, len(m.tokens), len(m.experts), m.finish_reason, len(m.support)] for m in messages]
             arrays = (
                 array("i", [token for m in messages for token in m.tokens]),
                 array("d", [logprob for m in messages for logprob in m.engine_logprobs]),
                 array("i", [version for m in messages for version in m.versions]),
+                array("i", [len(ids) for m in messages for ids in m.support]),
             )
-            parts = (*(values.tobytes() for values in arrays), *(m.experts for m in messages))
+            parts = (*(values.tobytes() for values in arrays), *(part for m in messages for part in (m.experts, *m.support)))
             return json.dumps({"Streamed": heads}).encode() + b"\n" + b"".join(parts)
         case Scored(group_id, scores):
             return json.dumps({"Scored": [group_id, [asdict(score) for score in scores]]}).encode()
@@ -140,15 +142,18 @@ def _decoded(payload: bytes) -> Entry:
     return entry
 
 
-def _messages(heads: Sequence[tuple[str, int, int, Any]], data: bytes) -> tuple[Progress, ...]:
-    total = sum(count for _, count, _, _ in heads)
-    tokens, logprobs, versions = array("i"), array("d"), array("i")
-    tokens.frombytes(data[: 4 * total])
-    logprobs.frombytes(data[4 * total : 12 * total])
-    versions.frombytes(data[12 * total : 16 * total])
-    messages, at, experts_at = [], 0, 16 * total
-    for name, count, expert_bytes, reason in heads:
-        part, experts = slice(at, at + count), data[experts_at : experts_at + expert_bytes]
-        messages.append(Progress(name, tuple(tokens[part]), tuple(logprobs[part]), tuple(versions[part]), reason, experts))
-        at, experts_at = at + count, experts_at + expert_bytes
+def _messages(heads: Sequence[tuple[str, int, int, Any, int]], data: bytes) -> tuple[Progress, ...]:
+    file = BytesIO(data)
+    tokens, logprobs, versions, sizes = array("i"), array("d"), array("i"), array("i")
+    total = sum(count for _, count, _, _, _ in heads)
+    for values, count in ((tokens, total), (logprobs, total), (versions, total), (sizes, sum(head[-1] for head in heads))):
+        values.frombytes(file.read(values.itemsize * count))
+    messages, at, support_at = [], 0, 0
+    for name, count, expert_bytes, reason, supports in heads:
+        part = slice(at, at + count)
+        experts = file.read(expert_bytes)
+        support = tuple(file.read(size) for size in sizes[support_at : support_at + supports])
+        values_of = (tuple(tokens[part]), tuple(logprobs[part]), tuple(versions[part]))
+        messages.append(Progress(name, *values_of, reason, experts, support))
+        at, support_at = at + count, support_at + supports
     return tuple(messages)

@@ -69,7 +69,8 @@ Entry = Began | Streamed | Cut | Scored | Stopped | Taken
 
 @dataclass(slots=True)
 class Growing:
-    """An unfinished rollout, or a finished one whose siblings are not: 16 bytes a token, and its experts if they are recorded."""
+    """An unfinished rollout, or a finished one whose siblings are not: 16 bytes a token, and its experts and supports if they are
+    recorded."""
 
     prompt: Prompt
     sample: int
@@ -78,10 +79,14 @@ class Growing:
     versions: array[int] = field(default_factory=lambda: array("i"))
     finish_reason: FinishReason | None = None
     experts: bytes = b""
+    support: list[bytes] = field(default_factory=list)
 
     def extend(self, progress: Progress) -> None:
         if not len(progress.tokens) == len(progress.engine_logprobs) == len(progress.versions):
             raise ValueError(f"{progress.rollout_id}: tokens, log-probs and versions of a message differ in number")
+        if len(progress.support) not in (0, len(progress.tokens)):
+            raise ValueError(f"{progress.rollout_id}: {len(progress.support)} supports for {len(progress.tokens)} tokens")
+        self.support += progress.support_after(len(self.tokens) - len(self.support))
         self.tokens.extend(progress.tokens)
         self.engine_logprobs.extend(progress.engine_logprobs)
         self.versions.extend(progress.versions)
@@ -90,12 +95,12 @@ class Growing:
 
     def rollout(self, name: str) -> Rollout:
         values = (tuple(self.tokens), tuple(self.engine_logprobs), tuple(self.versions))
-        return Rollout(name, self.prompt, self.sample, *values, self.finish_reason, self.experts)
+        return Rollout(name, self.prompt, self.sample, *values, self.finish_reason, self.experts, tuple(self.support))
 
     @classmethod
     def of(cls, rollout: Rollout) -> Growing:
         values = (array("i", rollout.tokens), array("d", rollout.engine_logprobs), array("i", rollout.versions))
-        return cls(rollout.prompt, rollout.sample, *values, rollout.finish_reason, rollout.experts)
+        return cls(rollout.prompt, rollout.sample, *values, rollout.finish_reason, rollout.experts, list(rollout.support))
 
 
 class Pool:

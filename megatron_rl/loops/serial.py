@@ -29,10 +29,13 @@ def from_json(kind: type[T], value: Mapping[str, Any]) -> T:
 
 
 def _with_bytes(rollout: Mapping[str, Any]) -> dict[str, Any]:
-    return {**rollout, "experts": base64.b64decode(rollout["experts"])}
+    support = tuple(map(base64.b64decode, rollout.get("support", ())))
+    return {**rollout, "experts": base64.b64decode(rollout["experts"]), "support": support}
 
 
 def _text(value: Any) -> Any:
+    if isinstance(value, tuple) and value and isinstance(value[0], bytes):
+        return [_text(part) for part in value]
     return base64.b64encode(value).decode() if isinstance(value, bytes) else value
 
 

@@ -6,10 +6,12 @@
     engine_logprob_mean                      nats
     prompt_ids, response_ids                 token ids: base64 of little-endian int32
     engine_logprobs                          of each response token, nats: base64 of little-endian float32
+    support_sizes, support_ids               where top-p and top-k cut and log-probs are within what they left: of how many ids
+                                             that was, for the first so many tokens (0: the whole vocabulary), and all those ids
 
 In Python: numpy.frombuffer(base64.b64decode(row["engine_logprobs"]), "<f4").
 
-Invariant (tests/unit/test_observability_tracker.py): ids, versions and log-probs come back, to the last bit.
+Invariant (tests/unit/test_observability_tracker.py): ids, versions, log-probs and supports come back, to the last bit.
 """
 
 from __future__ import annotations
@@ -49,7 +51,27 @@ def rollout_row(group: Group, rollout: Rollout, score: Score, decode: Callable[[
         "prompt_ids": packed(group.prompt.tokens, INTS),
         "response_ids": packed(rollout.tokens, INTS),
         "engine_logprobs": packed(rollout.engine_logprobs, FLOATS),
+        **(_support_columns(rollout.support) if rollout.support else {}),
     }
+
+
+def _support_columns(support: Sequence[bytes]) -> dict[str, str]:
+    sizes, ids = [len(ids) // 4 for ids in support], base64.b64encode(b"".join(support))
+    return {"support_sizes": packed(sizes, INTS), "support_ids": ids.decode()}
+
+
+def support_of_row(row: Mapping[str, Any]) -> tuple[bytes, ...]:
+    """`Rollout.support`. Raises ValueError if it is not that of the row's response."""
+    if "support_sizes" not in row:
+        return ()
+    sizes, ids, response = (np.array(unpacked(row, key, INTS), INTS) for key in ("support_sizes", "support_ids", "response_ids"))
+    if len(sizes) > len(response) or (sizes < 0).any() or sizes.sum() != len(ids):
+        raise ValueError(f"supports of {len(sizes)} tokens with {sizes.sum()} ids, for {len(response)} tokens and {len(ids)} ids")
+    parts = np.split(ids, sizes.cumsum())[:-1]
+    for token, part in zip(response, parts, strict=False):
+        if len(part) and np.count_nonzero(part == token) != 1:
+            raise ValueError(f"token {token} is not once in its support")
+    return tuple(part.tobytes() for part in parts)
 
 
 def tokens_of_row(row: Mapping[str, Any]) -> tuple[tuple[int, ...], tuple[int, ...], tuple[float, ...], tuple[int, ...]]:
@@ -76,7 +98,7 @@ def packed(values: Sequence[float], dtype: str) -> str:
 def unpacked(row: Mapping[str, Any], key: str, dtype: str) -> tuple[float, ...]:
     try:
         return tuple(np.frombuffer(base64.b64decode(row[key], validate=True), dtype).tolist())
-    except (TypeError, ValueError, binascii.Error):
+    except (KeyError, TypeError, ValueError, binascii.Error):
         raise ValueError(f"{key!r} is not base64 of 4-byte numbers") from None
 
 

@@ -4,6 +4,7 @@ Invariants:
 - gradients of `LossOutput.loss` are summed over microbatches, CP ranks and replicas, and divided by nothing;
 - the result of a step does not depend on the layout, nor on how sequences are packed into microbatches;
 - metrics and the log-probs of a replica's tokens are the same on all its ranks;
+- log-probs (old, new, reference) and entropies of a token with a support are those of the softmax over it (logprobs.py);
 - the forward passes of an update take the experts that were recorded for a token, if `replay` says so (replay.py);
 - a gradient that is not finite changes no weight: the step is skipped, and `policy/skipped` says so;
 - reference log-probs are those of the weights the policy was built with, whatever was trained or restored since.
@@ -204,7 +205,9 @@ class MegatronPolicy:
             )
 
             def finish(logits_1RV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Any]:
-                values = row_logprobs(logits_1RV[0], inputs.successors_R, temperature, self._tp, self._model.vocab_size)
+                values = row_logprobs(
+                    logits_1RV[0], inputs.successors_R, temperature, self._tp, self._model.vocab_size, inputs.support
+                )
                 scalar, keep = last(inputs, *(inputs.tokens_of_rows(values_R) for values_R in values))
                 return scalar, torch.zeros((), dtype=torch.int, device=self.device), keep
 

@@ -9,7 +9,8 @@ token's log-prob comes from the row before its own: `rows_N` leads from this ran
 first token of a segment is predicted by none.
 
 Invariants: every token of the batch belongs to exactly one CP rank; without CP a rank's tokens are the batch, in order;
-`tokens_of_rows` puts what row r says about its successor where that token is, and 0 at first tokens.
+`tokens_of_rows` puts what row r says about its successor where that token is, and 0 at first tokens; a support lies at the row that
+predicts its token, and is on one CP rank.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from megatron_rl.algorithms.batch import PackedBatch, alone
+from megatron_rl.algorithms.batch import PackedBatch, Support, alone
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,14 @@ class Segments:
 
 
 @dataclass(frozen=True)
+class RowSupport:
+    """`batch.Support` of the tokens that this rank's rows predict."""
+
+    ids_K: torch.Tensor
+    rows_K: torch.Tensor
+
+
+@dataclass(frozen=True)
 class RankInputs:
     input_ids_R: torch.Tensor
     successors_R: torch.Tensor  # the token that a row predicts; 0 where there is none
@@ -50,6 +59,7 @@ class RankInputs:
     first_N: torch.Tensor  # bool: no row predicts it
     batch: PackedBatch  # this rank's tokens
     held_R: torch.Tensor  # the token that a row holds, as an index into the batch; -1: padding
+    support: RowSupport | None
 
     def tokens_of_rows(self, values_R: torch.Tensor) -> torch.Tensor:
         return values_R[self.rows_N].masked_fill(self.first_N, 0.0)
@@ -97,7 +107,14 @@ def rank_inputs(
         first_N=first_T[tokens_N],
         batch=batch if cp == 1 else replace(_select(batch, tokens_N), over_cp=over_cp),
         held_R=torch.where(left_R > 0, source_R, -1),
+        support=None if batch.support is None else _support_of_rows(batch.support, rows_T),
     )
+
+
+def _support_of_rows(support: Support, rows_T: torch.Tensor) -> RowSupport:
+    rows_K = rows_T[support.tokens_K]
+    here_K = rows_K >= 0
+    return RowSupport(support.ids_K[here_K], rows_K[here_K])
 
 
 def _fill(rows: int, tp: int, cp: int) -> int:

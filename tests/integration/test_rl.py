@@ -15,9 +15,11 @@ import pytest
 from processes import MARK, marked, wait_until_gone
 
 from megatron_rl.checkpoint.disk import newest
+from megatron_rl.observability.rollout_rows import support_of_row
 
 pytestmark = [pytest.mark.dist, pytest.mark.sglang, pytest.mark.timeout(600)]
 STEPS = 6
+CUT = ["rollout.top_p=0.9", "rollout.top_k=12", "rollout.keep_sampling_mask=true"]
 DESIGN = {
     *("reward/mean", "mismatch/masked_fraction", "mismatch/logprob_gap_mean", "mismatch/logprob_gap_max", "policy/grad_norm"),
     *("policy/entropy", "rollout/generated_tokens", "rollout/carried", "rollout/dropped_stale", "time/rollout_s"),
@@ -46,7 +48,8 @@ def data(tmp_path_factory: pytest.TempPathFactory, repo_root: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
-    """A run that is told to stop after three steps, and then goes on to the end by the same command."""
+    """A run that is told to stop after three steps, and then goes on to the end by the same command, but for a cut of the
+    vocabulary with its supports."""
     run_dir = tmp_path_factory.mktemp("run") / "rl"
     env = os.environ | {MARK: str(run_dir)}
     first = subprocess.Popen(rl(run_dir, data), env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -57,7 +60,7 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
     output, _ = first.communicate(timeout=120)
     assert "the same command goes on" in output, output[-3000:]
     wait_until_gone(str(run_dir))
-    second = subprocess.run(rl(run_dir, data), env=env, capture_output=True, text=True, timeout=300, check=False)
+    second = subprocess.run(rl(run_dir, data, *CUT), env=env, capture_output=True, text=True, timeout=300, check=False)
     assert second.returncode == 0, (second.stdout + second.stderr)[-3000:]
     wait_until_gone(str(run_dir))
     assert not marked(str(run_dir))
@@ -88,6 +91,24 @@ def test_engine_and_policy_agree_after_every_push(run_dir: Path) -> None:
     # Random weights earn no reward: the entropy term alone moves them, in every step.
     assert all(row["policy/grad_norm"] > 0 for row in metrics)
     assert any(row["mismatch/stale_gap_max"] > 1e-3 for row in metrics)
+
+
+def test_tokens_sampled_after_the_cut_have_their_support_and_those_before_none(run_dir: Path) -> None:
+    """That both have the policy's log-prob, and rollouts with some of each are trained, is the test above."""
+    dumped = [row for file in (run_dir / "rollouts").glob("*.jsonl") for row in rows(file)]
+    sizes_by_version: dict[int, set[int]] = {}
+    mixed = 0
+    for row in dumped:
+        sizes = [len(ids) // 4 for ids in support_of_row(row)]
+        sizes += [0] * (row["tokens"] - len(sizes))
+        versions = [version for version, count in row["versions"] for _ in range(count)]
+        for version, size in zip(versions, sizes, strict=True):
+            sizes_by_version.setdefault(version, set()).add(size)
+        mixed += 0 in sizes and any(sizes)
+    first = min(version for version, sizes in sizes_by_version.items() if sizes != {0})
+    assert mixed and 3 <= first < max(sizes_by_version)
+    for version, sizes in sizes_by_version.items():
+        assert sizes == {0} if version < first else sizes <= set(range(1, 13))
 
 
 def test_routers_are_compared_with_the_engines_in_every_step(run_dir: Path) -> None:

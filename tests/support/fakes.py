@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from array import array
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -18,9 +19,15 @@ def length_of(rollout_id: str) -> int:
 ROUTING = RoutingShape(layers=2, first_dense=1, top_k=2, experts=256)
 
 
+def scripted_support(token: int, version: int) -> bytes:
+    """So many more ids than the token as the version says, up to three."""
+    return array("i", [token, *range(50, 50 + version % 4)]).tobytes()
+
+
 class ScriptedEngine:
-    """Emits token `position % 50` with log-prob -position/100, `chunk` tokens of every request per turn of the event loop, and at
-    the end of a request that asks for experts (position % 256, version) for each position."""
+    """Emits token `position % 50` with log-prob -position/100, `chunk` tokens of every request per turn of the event loop, beside
+    them the support (`scripted_support`) if that is asked for, and at the end of a request that asks for experts
+    (position % 256, version) for each position."""
 
     def __init__(self, name: str, prompt_tokens: int, length: Callable[[str], int] = length_of, chunk: int = 4) -> None:
         self.name, self.prompt_tokens, self.length, self.chunk = name, prompt_tokens, length, chunk
@@ -32,11 +39,13 @@ class ScriptedEngine:
         self._aborted: set[str] = set()
         self._running: set[str] = set()
         self._reporting: set[str] = set()
+        self._supporting: set[str] = set()
 
     async def generate(self, requests: Sequence[GenerateRequest]) -> AsyncIterator[Sequence[Progress]]:
         at = {r.rollout_id: len(r.tokens) - self.prompt_tokens for r in requests}
         room = {r.rollout_id: r.max_new_tokens for r in requests}
         self._reporting |= {r.rollout_id for r in requests if r.report_experts}
+        self._supporting |= {r.rollout_id for r in requests if r.sampling.report_support}
         self._running |= set(at)
         self.served += list(at)
         while at:
@@ -66,7 +75,8 @@ class ScriptedEngine:
             reason = None
         positions = range(begin, end)
         logprobs = tuple(-p / 100 for p in positions)
-        return Progress(rollout_id, tuple(p % 50 for p in positions), logprobs, (self.version,) * count, reason, experts)
+        support = tuple(scripted_support(p % 50, self.version) for p in positions) if rollout_id in self._supporting else ()
+        return Progress(rollout_id, tuple(p % 50 for p in positions), logprobs, (self.version,) * count, reason, experts, support)
 
     def _experts(self, rollout_id: str, end: int) -> bytes:
         if rollout_id not in self._reporting:

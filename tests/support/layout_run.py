@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from tiny_families import tiny_model
 
-from megatron_rl.algorithms.batch import PackedBatch
+from megatron_rl.algorithms.batch import PackedBatch, Support
 from megatron_rl.algorithms.correction import Correction
 from megatron_rl.algorithms.loss import policy_loss
 from megatron_rl.algorithms.surrogates import Surrogate
@@ -57,15 +57,27 @@ STEPS, MICROBATCHES, SEQUENCES = len(LOSSES), 4, 5
 TEMPERATURE = 0.9
 
 
+def supports(tokens_T: torch.Tensor, starts: torch.Tensor, random: torch.Generator) -> Support:
+    """Of some two thirds of the tokens that have a row: themselves and about a quarter of the vocabulary."""
+    left_TV = torch.rand(len(tokens_T), 48, generator=random) < 0.25
+    left_TV[torch.arange(len(tokens_T)), tokens_T] = True
+    left_TV[torch.rand(len(tokens_T), generator=random) < 0.35] = False
+    left_TV[starts] = False
+    tokens_K, ids_K = left_TV.nonzero(as_tuple=True)
+    return Support(ids_K, tokens_K)
+
+
 def microbatch(seed: int) -> PackedBatch:
+    """Those of the last step have supports, but for one."""
     random = torch.Generator().manual_seed(seed)
     lengths = torch.randint(2, 24, (SEQUENCES,), generator=random)
     total = int(lengths.sum())
     starts = lengths.cumsum(0) - lengths
     mask_T = (torch.rand(total, generator=random) < 0.7).float()
     mask_T[starts] = 0.0
+    tokens_T = torch.randint(48, (total,), generator=random)
     return PackedBatch(
-        tokens_T=torch.randint(48, (total,), generator=random),
+        tokens_T=tokens_T,
         cu_seqlens=torch.cat([torch.zeros(1), lengths.cumsum(0)]).to(torch.int32),
         loss_mask_T=mask_T,
         fields={
@@ -73,6 +85,7 @@ def microbatch(seed: int) -> PackedBatch:
             "weight": torch.full((total,), 0.01),
             "age": torch.zeros(total),
         },
+        support=supports(tokens_T, starts, random) if seed > (STEPS - 1) * MICROBATCHES else None,
     )
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from array import array
 from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
+from megatron_rl.algorithms.batch import PackedBatch
 from megatron_rl.loops.batches import (
     microbatches,
     places,
@@ -169,6 +173,38 @@ def test_tokens_that_no_recorded_position_predicts_weigh_nothing_if_so_wanted() 
     ]
     assert recorded_fraction(rl_sequences([recorded], 0, advantage="grpo", aggregation="token"), shape) == 4 / 9
     assert weights == [[[True] * 3] * 3, [[True] * 3, [True, False, False], [False] * 3]]
+
+
+def supports_in(batch: PackedBatch) -> list[list[int]]:
+    """Of every token."""
+    if batch.support is None:
+        return [[] for _ in batch.tokens_T]
+    return [batch.support.ids_K[batch.support.tokens_K == token].tolist() for token in range(len(batch.tokens_T))]
+
+
+@given(data=st.data())
+def test_supports_stay_with_their_token_however_they_are_packed_and_cut(data: st.DataObject) -> None:
+    """Of the first so many tokens of a response, some of them empty."""
+    lengths = data.draw(st.lists(st.integers(1, 6), min_size=1, max_size=5))
+    ids = st.lists(st.integers(0, 200_000), max_size=3).map(lambda ids: array("i", ids).tobytes())
+    one = group("g", [float(i % 2) for i in range(len(lengths))], lengths)
+    rollouts = tuple(replace(r, support=tuple(data.draw(st.lists(ids, max_size=len(r.tokens))))) for r in one.rollouts)
+    budget = data.draw(st.integers(1, sum(lengths)))
+    sequences = rl_sequences(
+        [replace(one, rollouts=rollouts)], 0, advantage="reinforce", aggregation="token_budget", train_token_budget=budget
+    )
+    replicas, capacity = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 30))
+    support_of = {rollout.id: [list(array("i", ids)) for ids in rollout.support] for rollout in rollouts}
+    for replica in range(replicas):
+        split = {"capacity": capacity, "replicas": replicas, "replica": replica}
+        batches = microbatches(sequences, **split, device=CPU)
+        for batch, indices in zip(batches, places(sequences, **split), strict=True):
+            expected: list[list[int]] = []
+            for sequence in (sequences[i] for i in indices):
+                known = support_of[sequence.rollout_id][: len(sequence.response)]
+                expected += [[]] * len(sequence.prompt) + known + [[]] * (len(sequence.response) - len(known))
+            assert supports_in(batch) == (expected or [[], []]), "a filler has none"
+            assert (batch.support is None) == (not any(expected))
 
 
 def test_a_token_budget_cuts_after_the_advantages() -> None:

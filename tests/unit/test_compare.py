@@ -7,6 +7,7 @@ import math
 import runpy
 import subprocess
 import sys
+from array import array
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import torch
 import yaml
 from tiny_families import model_of, write_family
 
-from megatron_rl.algorithms.batch import PackedBatch
+from megatron_rl.algorithms.batch import PackedBatch, Support
 from megatron_rl.checkpoint.store import CheckpointStore
 from megatron_rl.compare import compare, version_of
 from megatron_rl.config.errors import UserError
@@ -34,7 +35,7 @@ TEMPERATURE, STEP = 0.7, 9  # the dump's step: trained by weights version 8
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`hf`, a run's checkpoints/step_8 of the same weights, its configuration and its dump of step 9; in `exact.json` the log-probs
-    that the policy itself gives its tokens, in the order of the dump."""
+    that the policy itself gives its tokens, in the order of the dump. A part of the second response has supports."""
     run = tmp_path_factory.mktemp("compare")
     write_family(run / "hf", "qwen3_moe", seed=3, num_hidden_layers=2)
     model, alone = model_of(json.loads((run / "hf/config.json").read_text())), ParallelConfig()
@@ -58,7 +59,13 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     ends = torch.tensor([0, *map(len, tokens)]).cumsum(0)
     mask_T = torch.ones(int(ends[-1]))
-    (logprobs_T,) = policy.logprobs([PackedBatch(torch.cat(tokens), ends.to(torch.int32), mask_T)], TEMPERATURE)
+    cut = slice(int(ends[1]) + 10, int(ends[2]) - 5)
+    left_TV = torch.zeros(len(mask_T), model.vocab_size, dtype=torch.bool)
+    left_TV[cut] = torch.rand(left_TV[cut].shape, generator=torch.Generator().manual_seed(1)) < 0.1
+    left_TV[cut].scatter_(1, torch.cat(tokens)[cut, None], True)
+    tokens_K, ids_K = left_TV.nonzero(as_tuple=True)
+    batch = PackedBatch(torch.cat(tokens), ends.to(torch.int32), mask_T, support=Support(ids_K, tokens_K))
+    (logprobs_T,) = policy.logprobs([batch], TEMPERATURE)
     CheckpointStore(run / "checkpoints", policy, ranks, 1, lambda path: None).save(8, {})
     ranks.close()
     prompt_tokens, rollouts, exact = 4, [], []
@@ -67,7 +74,10 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         engine = own + torch.randn(len(own), generator=random) ** 3 * 0.3
         versions = tuple(min(8, 3 + number + t // 4) for t in range(len(response)))
         prompt = Prompt(f"p{number}", "?", tuple(sequence[:prompt_tokens].tolist()), "a", "exact")
-        rollouts.append(Rollout(f"0:p{number}#0", prompt, 0, response, tuple(engine.tolist()), versions, "stop"))
+        left = left_TV[ends[number] + prompt_tokens : ends[number + 1]]
+        support = tuple(array("i", ids.nonzero().flatten().tolist()).tobytes() for ids in left)
+        sampled = Rollout(f"0:p{number}#0", prompt, 0, response, tuple(engine.tolist()), versions, "stop", support=support)
+        rollouts.append(sampled)
         exact.append(own.tolist())
     silent = Rollout("0:silent#0", rollouts[0].prompt, 0, (), (), (), "length")
     groups = [Group(r.id, r.prompt, (r,), (Score(0.0, "wrong"),)) for r in (*rollouts, silent)]

@@ -11,14 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fakes import CountedPrompts, ParityRewards, ScriptedEngine, ScriptedEngines, length_of
+from fakes import CountedPrompts, ParityRewards, ScriptedEngine, ScriptedEngines, length_of, scripted_support
 
 from megatron_rl.config import UserError
 from megatron_rl.loops.conductor import Conductor, Phase
 from megatron_rl.loops.journal import Journal
+from megatron_rl.loops.pool import Growing
+from megatron_rl.loops.serial import from_json, to_json
 from megatron_rl.loops.signals import StopFlag
 from megatron_rl.scheduler.c3po_pp import Settings
-from megatron_rl.types import SamplingParams
+from megatron_rl.types import Progress, Rollout, SamplingParams
 
 GROUP, POOL, BUDGET = 4, 24, 100
 
@@ -33,7 +35,7 @@ def conductor(
     runner: asyncio.Runner, engines: ScriptedEngines, folder: Path | None = None, saved: Any = None, **settings: object
 ) -> Conductor:
     values = {"token_budget": BUDGET, "pool_capacity": POOL, "group_size": GROUP, "retention_bound": 100, **settings}
-    sampling = SamplingParams(max_response_tokens=64)
+    sampling = SamplingParams(max_response_tokens=64, report_support=True)
     parts = (engines, ParityRewards(), CountedPrompts(), Journal(folder or Path(tempfile.mkdtemp()), {}), StopFlag(), runner)
     c = Conductor(
         Settings(**values),
@@ -63,6 +65,7 @@ def check_groups(phase: Phase) -> None:
             assert rollout.engine_logprobs == tuple(-p / 100 for p in range(n))
             assert rollout.finish_reason == "stop"
             assert list(rollout.versions) == sorted(rollout.versions)
+            assert rollout.support == tuple(map(scripted_support, rollout.tokens, rollout.versions))
             positions, versions = rollout.experts[::2], rollout.experts[1::2]
             assert list(positions) == list(range(2 + n - 1)), "the prompt's, and all but the last token's"
             assert set(versions) == {rollout.versions[-1]}, "the last engine's, which computed them all"
@@ -97,6 +100,22 @@ def test_tokens_carried_over_keep_the_version_that_made_them(runner: asyncio.Run
             engine.version = version
         mixed += sum(len(set(r.versions)) > 1 for group in c.phase(version).groups for r in group.rollouts)
     assert mixed > 0
+
+
+def test_tokens_without_a_support_among_those_with_one_keep_their_place() -> None:
+    """Of a run that changed rollout.keep_sampling_mask and changed it back."""
+    parts = [((1, 2), ()), ((3, 4), (b"333a", b"4444")), ((5,), ()), ((6,), (b"666a666b",)), ((7, 8), ())]
+    messages = [Progress("0:p#0", t, (-0.5,) * len(t), (0,) * len(t), support=support) for t, support in parts]
+    prompt = CountedPrompts().take()[1]
+    rollout, growing = Rollout("0:p#0", prompt, 0), Growing(prompt, 0)
+    for message in messages:
+        rollout = rollout.extended(message)
+        growing.extend(message)
+    assert rollout.support == (b"", b"", b"333a", b"4444", b"", b"666a666b")
+    assert growing.rollout("0:p#0") == rollout == Growing.of(rollout).rollout("0:p#0")
+    assert from_json(Rollout, json.loads(json.dumps(to_json(rollout)))) == rollout
+    with pytest.raises(ValueError, match="1 supports for 2 tokens"):
+        growing.extend(replace(messages[0], support=(b"1111",)))
 
 
 def test_a_lost_engines_rollouts_go_on_elsewhere_from_their_last_token(runner: asyncio.Runner) -> None:

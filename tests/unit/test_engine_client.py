@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Awaitable, Callable
+from array import array
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -54,6 +56,7 @@ class Reply:
 def run(
     handler: Handler,
     *,
+    requests: Sequence[GenerateRequest] = REQUESTS,
     abort: tuple[str, ...] | None = (),
     timeout_s: float = 5.0,
     stall_s: float = 5.0,
@@ -62,7 +65,7 @@ def run(
 ) -> tuple[dict[str, list[Progress]], list[Any]]:
     """What each rollout got before the end or the EngineLost (which is re-raised with `.got`), and the bodies of aborts.
     `abort`: rollouts to abort after the first message, None for all."""
-    got: dict[str, list[Progress]] = {request.rollout_id: [] for request in REQUESTS}
+    got: dict[str, list[Progress]] = {request.rollout_id: [] for request in requests}
     aborts: list[Any] = []
     abort_seen = asyncio.Event()
 
@@ -97,7 +100,7 @@ def run(
         )
         try:
             first = True
-            async for messages in engine.generate(REQUESTS):
+            async for messages in engine.generate(requests):
                 for message in messages:
                     got[message.rollout_id].append(message)
                 if first and abort != ():
@@ -119,7 +122,7 @@ def run(
 def test_streams_tokens_logprobs_and_versions_of_a_batch() -> None:
     async def handler(request: web.Request, body: dict[str, Any], reply: Reply) -> None:
         assert body["input_ids"] == [[3, 4], [5]]
-        assert body["return_logprob"] is True and body["stream"] is True
+        assert body["return_logprob"] is True and body["stream"] is True and body["return_sampling_mask"] == [False, False]
         assert body["sampling_params"] == [
             {"temperature": 0.7, "top_p": 1.0, "top_k": -1, "max_new_tokens": n, "stop_token_ids": [9], "sampling_seed": seed}
             for n, seed in ((5, REQUESTS[0].seed), (4, REQUESTS[1].seed))
@@ -394,6 +397,69 @@ def test_the_first_fault_ends_every_stream_of_its_server(fault: bytes | None) ->
 def test_a_logprob_that_is_no_number_is_the_policys_fault_not_the_engines() -> None:
     with pytest.raises(UserError, match="training has diverged"):
         run(_has_no_logprob, timeout_s=0.5)
+
+
+CUT = [replace(request, sampling=replace(request.sampling, top_k=5, report_support=True)) for request in REQUESTS]
+
+
+def masks(*supports: list[int], logprobs: Sequence[float | None] | None = None) -> dict[str, Any]:
+    told = [-0.01 * ids[0] for ids in supports] if logprobs is None else logprobs
+    return {"output_token_sampling_mask": supports, "output_token_sampling_logprobs": told}
+
+
+def test_supports_come_with_the_logprobs_within_them() -> None:
+    async def handler(request: web.Request, body: dict[str, Any], reply: Reply) -> None:
+        assert body["return_sampling_mask"] == [True, True]
+        await reply.raw(reply.event(0, [1, 3], **masks([1], [3, 63, 0])) + reply.event(1, [2], **masks([2, 5])))
+        await reply.raw(reply.event(0, [9], "stop", **masks([7, 9], logprobs=[-0.3])))
+        await reply.abort_seen.wait()
+        queued = {"completion_tokens": 1, "output_token_logprobs": [[-0.2, 2, None]], "weight_versions": None}
+        await reply.raw(reply.event(1, [2], "abort", **queued))  # without supports: it repeats what it had sent
+
+    got, _ = run(handler, requests=CUT, abort=None)
+    (first, last), (other,) = got["0:a#1"], got["0:a#12"]
+    assert [list(array("i", ids)) for ids in (*first.support, *last.support)] == [[1], [3, 63, 0], [7, 9]]
+    assert first.engine_logprobs + last.engine_logprobs == pytest.approx((-0.01, -0.03, -0.3))
+    assert (other.tokens, list(array("i", other.support[0]))) == ((2,), [2, 5])
+
+
+@pytest.mark.parametrize(
+    ("meta", "cause"),
+    [
+        ({}, "1 tokens, 0 log-probs within 0 supports"),
+        (masks([1], [2]), "1 tokens, 2 log-probs within 2 supports"),
+        (masks([1], logprobs=[]), "1 tokens, 0 log-probs within 1 supports"),
+        (masks([2, 3]), "token 1 with a support of 2 ids"),
+        (masks([], logprobs=[-0.1]), "token 1 with a support of 0 ids"),
+        (masks([1, 64]), "token 1 with a support of 2 ids, vocabulary 64: [1, 64]"),
+        (masks([1, -1]), "token 1 with a support of 2 ids"),
+        (masks([1, 2, 2]), "token 1 with a support of 3 ids"),
+        (masks([1, 2.5]), "nonsense"),
+        (masks([1], logprobs=[None]), "nonsense"),
+        ({**masks([1]), "output_token_sampling_mask": 7}, "nonsense"),
+    ],
+)
+def test_an_impossible_support_is_an_engine_lost(meta: dict[str, Any], cause: str) -> None:
+    async def handler(request: web.Request, body: dict[str, Any], reply: Reply) -> None:
+        await reply.raw(reply.event(0, [1], **meta))
+
+    with pytest.raises(EngineLost) as caught:
+        run(handler, requests=CUT)
+    assert cause in str(caught.value) and caught.value.got["0:a#1"] == []  # type: ignore[attr-defined]
+
+
+def test_a_support_beyond_the_servers_limit_names_the_keys_and_costs_no_engine() -> None:
+    """Any engine would refuse it again: batch_result_processor.py:1226."""
+    reason = {"type": "abort", "status_code": 400, "message": "Sampling support exceeds --sampling-mask-max-tokens=4."}
+
+    async def handler(request: web.Request, body: dict[str, Any], reply: Reply) -> None:
+        await reply.raw(reply.event(0, [], finish_reason=reason))
+
+    with pytest.raises(UserError, match=r"keep_sampling_mask: .* exceeds .*\(rollout\.top_k, engine\.server_args\.") as caught:
+        run(handler, requests=CUT)
+    assert caught.value.exit_code == 1
+    with pytest.raises(EngineLost, match="aborted 0:a#1 by itself"):  # of a request that asked for none
+        run(handler)
 
 
 def test_a_server_that_is_not_there_is_an_engine_lost() -> None:

@@ -113,6 +113,7 @@ def test_a_value_out_of_range_is_named_with_its_key(values: dict[str, Any], key:
         ("model.moe.first_dense_layers", 5, "model: moe.first_dense_layers=5 is more than num_layers=4"),
         ("rollout.pool_capacity", 7, "rollout: pool_capacity=7 holds no group of group_size=8"),
         ("rollout.top_k", 0, "rollout: top_k=0 leaves no token to sample; -1 means the whole vocabulary"),
+        ("rollout.keep_sampling_mask", True, "rollout: keep_sampling_mask=true needs temperature > 0 and top_k of 2 or more"),
         ("algorithm.correction.low", 6.0, "algorithm.correction: low=6.0 is not below high=5.0"),
         ("algorithm.aggregation", "token_budget", "algorithm: aggregation=token_budget needs train_token_budget"),
         ("model.max_position_embeddings", 1279, "rollout: max_prompt_tokens + max_response_tokens = 1280 is beyond"),

@@ -35,7 +35,7 @@ def runner() -> Iterator[asyncio.Runner]:
 def conductor(runner: asyncio.Runner, folder: Path, settings: Settings = SETTINGS) -> tuple[Conductor, ScriptedEngine]:
     engine = ScriptedEngine("a", prompt_tokens=2)
     parts = (ScriptedEngines([engine]), ParityRewards(), CountedPrompts(), Journal(folder, {}), StopFlag(), runner)
-    sampling = SamplingParams(max_response_tokens=64)
+    sampling = SamplingParams(max_response_tokens=64, report_support=True)
     record = {"is_useful": lambda group: True, "record_experts": lambda version: True}
     return Conductor(settings, sampling, *parts, timeout_s=20, **record), engine  # type: ignore[arg-type]
 
@@ -165,6 +165,8 @@ MESSAGES = st.integers(0, 5).flatmap(
         st.tuples(*[st.floats(allow_nan=False, max_value=0)] * count),
         st.tuples(*[st.integers(0, 10_000)] * count),
         st.sampled_from([None, "stop", "length"]),
+        st.binary(max_size=6),
+        st.tuples(*[st.binary(max_size=3)] * count) | st.just(()),
     )
 )
 ENTRIES = st.one_of(

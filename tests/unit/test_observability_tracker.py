@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import math
 import re
+from array import array
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +18,7 @@ from megatron_rl.algorithms.histogram import Histogram
 from megatron_rl.config import UserError
 from megatron_rl.observability.alarms import Alarm
 from megatron_rl.observability.console import StepLines, step_line
-from megatron_rl.observability.rollout_rows import tokens_of_row, version_spans
+from megatron_rl.observability.rollout_rows import support_of_row, tokens_of_row, version_spans
 from megatron_rl.observability.summary import read_rows, rl_summary
 from megatron_rl.observability.tracker import RunTracker
 from megatron_rl.types import Group, Prompt, Rollout, Score
@@ -60,6 +63,39 @@ def test_a_dump_holds_what_the_engine_sampled_to_the_last_bit(tmp_path: Path) ->
     tracker(tmp_path).rollouts(6, [Group("0:p", prompt, (rollout,), (Score(1.0, "correct"),))])
     (row,) = rows(tmp_path / "rollouts" / "step_6.jsonl")
     assert tokens_of_row(row) == (prompt.tokens, rollout.tokens, rollout.engine_logprobs, rollout.versions)
+    assert support_of_row(row) == ()
+
+
+def with_supports(tmp_path: Path, *supports: list[int]) -> tuple[Rollout, dict[str, Any]]:
+    """Of the first tokens of (5, 6, 7): the rollout and its row."""
+    one = group("p")
+    rollout = replace(one.rollouts[0], support=tuple(array("i", ids).tobytes() for ids in supports))
+    tracker(tmp_path).rollouts(1, [replace(one, rollouts=(rollout,), scores=one.scores[:1])])
+    return rollout, rows(tmp_path / "rollouts" / "step_1.jsonl")[0]
+
+
+@pytest.mark.parametrize("supports", [[[5, 157_183], [], [3, 7]], [[], [6]], [[5]]])
+def test_supports_come_back_with_the_token_they_are_of(tmp_path: Path, supports: list[list[int]]) -> None:
+    rollout, row = with_supports(tmp_path, *supports)
+    assert support_of_row(row) == rollout.support
+
+
+@pytest.mark.parametrize(
+    ("supports", "change", "words"),
+    [
+        ([[5, 8]], {"support_ids": None}, "'support_ids' is not base64 of 4-byte numbers"),
+        ([[5, 8]], {"support_ids": "AAAAAA=="}, "supports of 1 tokens with 2 ids, for 3 tokens and 1 ids"),
+        ([[5], [6], [7]], {"response_ids": "BQAAAA=="}, "supports of 3 tokens with 3 ids, for 1 tokens and 3 ids"),
+        ([[5], [6], [8, 9]], {}, "token 7 is not once in its support"),
+        ([[5, 5]], {}, "token 5 is not once in its support"),
+    ],
+)
+def test_a_support_that_does_not_fit_says_so(
+    tmp_path: Path, supports: list[list[int]], change: dict[str, object], words: str
+) -> None:
+    _, row = with_supports(tmp_path, *supports)
+    with pytest.raises(ValueError, match=re.escape(words)):
+        support_of_row(row | change)
 
 
 @pytest.mark.parametrize(

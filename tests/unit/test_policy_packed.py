@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from threading import Barrier
 
 import pytest
 import torch
 
-from megatron_rl.algorithms.batch import LossOutput, PackedBatch
+from megatron_rl.algorithms.batch import LossOutput, PackedBatch, Support
 from megatron_rl.algorithms.correction import Correction
 from megatron_rl.algorithms.loss import policy_loss
 from megatron_rl.algorithms.surrogates import Surrogate, SurrogateKind
@@ -72,6 +73,24 @@ def test_what_a_row_says_arrives_at_the_token_it_predicts(tp: int, cp: int) -> N
         said_N = inputs.tokens_of_rows(inputs.successors_R.float())
         expected = [0.0 if token in firsts else float(token) for token in inputs.batch.tokens_T.tolist()]
         assert said_N.tolist() == expected
+
+
+@pytest.mark.parametrize(("tp", "cp"), LAYOUTS)
+def test_a_support_lies_at_the_row_that_predicts_its_token_and_on_one_rank(tp: int, cp: int) -> None:
+    """Token n has the ids n, n + 100, ..., one more than n % 3; the first of a segment and every fourth have none."""
+    batch = packed([5, 1, 12, 2, 7])
+    firsts = set(batch.tokens_T[batch.cu_seqlens[:-1].long()].tolist())
+    sizes = [0 if token in firsts or token % 4 == 0 else 1 + token % 3 for token in batch.tokens_T.tolist()]
+    tokens_K = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+    ids_K = torch.tensor([token + 100 * i for token, size in zip(batch.tokens_T.tolist(), sizes, strict=True) for i in range(size)])
+    ranks = ranks_of(replace(batch, support=Support(ids_K, tokens_K)), tp, cp)
+    found = []
+    for inputs in ranks:
+        assert inputs.support is not None
+        assert inputs.successors_R[inputs.support.rows_K].equal(inputs.support.ids_K % 100), "all at the row of their token"
+        found += inputs.support.ids_K.tolist()
+    assert sorted(found) == sorted(ids_K.tolist())
+    assert all(inputs.support is None for inputs in ranks_of(batch, tp, cp))
 
 
 @pytest.mark.parametrize(("tp", "cp"), LAYOUTS)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron_rl.algorithms.batch import LossOutput, PackedBatch
+from megatron_rl.algorithms.batch import LossOutput, PackedBatch, Support
 from megatron_rl.config.model import ModelConfig, OptimizerConfig, ParallelConfig
 from megatron_rl.policy import MegatronPolicy, MegatronRanks, build_chunks, initialise, weights
 from megatron_rl.resharding.families import FAMILIES
@@ -70,12 +71,17 @@ def test_logprobs_are_those_of_the_reference_implementation(ranks: MegatronRanks
     golden = load_file(folder / "golden.safetensors")
     lengths = golden["attention_mask"].sum(-1).tolist()
     batch = packed(*(ids[:length] for ids, length in zip(golden["input_ids"], lengths, strict=True)))
-    for temperature in (1.0, 0.7):
-        (logprobs_T,) = policy.logprobs([batch], temperature)
-        expected = []
+    for temperature, top_k in ((1.0, None), (0.7, None), (0.7, 6)):
+        expected, left = [], []
         for logits_LV, ids, length in zip(golden["logits"], golden["input_ids"], lengths, strict=True):
-            all_LV = torch.log_softmax(logits_LV[: length - 1].double() / temperature, -1)
-            expected += [torch.zeros(1), all_LV.gather(1, ids[1:length, None]).squeeze(1).float()]
+            x_LV, tokens_L1 = logits_LV[: length - 1].double() / temperature, ids[1:length, None]
+            left_LV = x_LV >= x_LV.topk(top_k or x_LV.size(1)).values[:, -1:]
+            left_LV.scatter_(1, tokens_L1, True)
+            all_LV = x_LV.masked_fill(~left_LV, -torch.inf).log_softmax(-1)
+            expected += [torch.zeros(1), all_LV.gather(1, tokens_L1).squeeze(1).float()]
+            left += [torch.zeros(1, x_LV.size(1), dtype=torch.bool), left_LV]
+        tokens_K, ids_K = torch.cat(left).nonzero(as_tuple=True)
+        (logprobs_T,) = policy.logprobs([replace(batch, support=Support(ids_K, tokens_K) if top_k else None)], temperature)
         assert (logprobs_T - torch.cat(expected)).abs().max() < 1e-5
 
 
