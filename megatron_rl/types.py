@@ -148,6 +148,7 @@ class SamplingParams:
     max_response_tokens: int = 1024
     stop_token_ids: tuple[int, ...] = ()
     report_support: bool = False  # and log-probs within it
+    seed: int = 0  # of the run; see GenerateRequest.seed
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +160,13 @@ class GenerateRequest:
     max_new_tokens: int
     sampling: SamplingParams
     report_experts: bool = False  # when it ends: an engine with new weights computes all positions again
-    seed: int = 0  # of the run; see GenerateRequest.seed
+
+    @property
+    def seed(self) -> int:
+        """Its own, from the run's: the epoch, the prompt's id and the number of the sample decide it, not the engine, the moment or
+        what was generated so far. An engine under `engine.deterministic` draws a token from this and the token's position."""
+        said = f"{self.sampling.seed} {self.rollout_id}".encode("utf-8", "surrogatepass")
+        return int.from_bytes(blake2b(said, digest_size=8).digest()) >> 1  # as engines take it: 63 bits
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,13 +179,6 @@ class TensorSpec:
 
 
 Manifest = Sequence[Sequence[TensorSpec]]  # of a push, bucket by bucket: some engines only take certain tensors together
-
-    @property
-    def seed(self) -> int:
-        """Its own, from the run's: the epoch, the prompt's id and the number of the sample decide it, not the engine, the moment or
-        what was generated so far. An engine under `engine.deterministic` draws a token from this and the token's position."""
-        said = f"{self.sampling.seed} {self.rollout_id}".encode("utf-8", "surrogatepass")
-        return int.from_bytes(blake2b(said, digest_size=8).digest()) >> 1  # as engines take it: 63 bits
 
 
 @dataclass(frozen=True, slots=True)

@@ -328,6 +328,7 @@ def _sampling(request: GenerateRequest) -> dict[str, Any]:
         "top_k": params.top_k,
         "max_new_tokens": request.max_new_tokens,
         "stop_token_ids": params.stop_token_ids,
+        "sampling_seed": request.seed,  # without deterministic inference SGLang reads it and goes by its own generator
     }
 
 
@@ -340,4 +341,3 @@ def _reason(error: BaseException) -> str:
 
 def _shortened(content: bytes) -> str:
     return content[:300].decode(errors="replace") or "(empty)"
-        "sampling_seed": request.seed,  # without deterministic inference SGLang reads it and goes by its own generator
