@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import json
 from array import array
-from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +21,6 @@ from safetensors.torch import load_file
 from tiny_checkpoint import TINY_CONFIG, manifest_of, random_weights, write_checkpoint
 
 from megatron_rl.checksum import checksum
-from megatron_rl.config import UserError
 from megatron_rl.config import UserError
 from megatron_rl.config.rollout import EngineConfig
 from megatron_rl.engine.arguments import STARTUP_VERSION
@@ -235,56 +233,6 @@ def test_a_continued_rollout_keeps_each_tokens_version_logprob_and_experts(engin
     for name in before.keys() - unfinished.keys():
         sequence = (*prompt_of[name], *before[name].tokens)
         assert torch.equal(experts_of(before[name].experts), reference_experts(old, CONFIG, sequence)[:-1])
-
-
-def test_with_supports_logprobs_are_the_models_within_what_was_left_of_the_vocabulary(
-    engines: SglangEngines, engine: SglangEngine
-) -> None:
-    """Through retractions, an abort and a continuation. top_p and top_k both cut."""
-    weights = random_weights(CONFIG, seed=9)
-    weights["lm_head.weight"] *= 8
-    push(engines, weights, version=9)
-    prompts = random_prompts(48, seed=1)
-    cut = {"temperature": 0.8, "top_p": 0.9, "top_k": 20}
-    requests = requests_for(prompts, 40, **cut, report_support=True)
-    got = generate(engine, requests, abort_at=500)
-    unfinished = [r for r in requests if got[r.rollout_id].finish_reason is None]
-    assert unfinished
-    goes_on = [
-        replace(r, tokens=(*r.tokens, *got[r.rollout_id].tokens), max_new_tokens=40 - len(got[r.rollout_id].tokens))
-        for r in unfinished
-    ]
-    for name, rest in generate(engine, goes_on).items():
-        progress = Progress(name, rest.tokens, rest.engine_logprobs, rest.versions, rest.finish_reason, support=rest.support)
-        got[name] = got[name].extended(progress)
-
-    sizes, gap, gap_to_whole = set(), 0.0, 0.0
-    for request in requests:
-        rollout = got[request.rollout_id]
-        supports = [torch.tensor(array("i", ids), dtype=torch.long) for ids in rollout.support]
-        assert len(supports) == len(rollout.tokens) > 0
-        x_LV = reference_logits(weights, CONFIG, [*request.tokens, *rollout.tokens])[len(request.tokens) - 1 : -1] / 0.8
-        p_LV = x_LV.softmax(-1)
-        left_LV = torch.stack([torch.zeros(x_LV.size(1), dtype=torch.bool).index_fill(0, ids, True) for ids in supports])
-        likeliest_cut_L = p_LV.masked_fill(left_LV, 0.0).amax(-1)
-        assert (p_LV.masked_fill(~left_LV, 1.0).amin(-1) > likeliest_cut_L - 1e-5).all(), "the likeliest are left"
-        mass_L = (p_LV * left_LV).sum(-1)
-        assert ((mass_L > 0.9 - 1e-4) | (left_LV.sum(-1) == 20)).all()
-        sizes |= set(left_LV.sum(-1).tolist())
-        tokens_L1 = torch.tensor(rollout.tokens)[:, None]
-        expected_L = x_LV.masked_fill(~left_LV, -torch.inf).log_softmax(-1).gather(1, tokens_L1)[:, 0]
-        gap = max(gap, (expected_L - torch.tensor(rollout.engine_logprobs)).abs().max().item())
-        gap_to_whole = max(gap_to_whole, worst_gap(weights, request.tokens, rollout, 0.8))
-    assert min(sizes) < 3 and max(sizes) == 20
-    assert gap < TOLERANCE < 0.1 < gap_to_whole
-
-    plain = requests_for(prompts[:8], 20, **cut)
-    without = generate(engine, plain)
-    assert all(rollout.support == () for rollout in without.values())
-    assert max(worst_gap(weights, r.tokens, without[r.rollout_id], 0.8) for r in plain) < TOLERANCE
-    with pytest.raises(UserError, match=r"keep_sampling_mask: return_sampling_mask requires .* \(rollout\.top_k, "):
-        generate(engine, [replace(plain[0], sampling=replace(plain[0].sampling, top_k=-1, report_support=True))])
-    assert engine.lost is None
 
 
 def test_with_supports_logprobs_are_the_models_within_what_was_left_of_the_vocabulary(
