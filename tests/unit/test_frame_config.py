@@ -124,7 +124,6 @@ def test_values_that_contradict_each_other_are_named(values: dict[str, Any], key
     assert refusal(changed(values, key, value)).startswith(message)
 
 
-def test_several_mistakes_share_the_line(values: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("settings", "line"),
     [
@@ -161,6 +160,7 @@ def test_the_same_keys_pass_where_they_count(values: dict[str, Any]) -> None:
         validate(RlRun, changed(values, "algorithm", {"correction": correction}))
 
 
+def test_several_mistakes_share_the_line(values: dict[str, Any]) -> None:
     assert refusal(changed(changed(values, "rollout.top_p", 2.0), "engine.tpp", 2)).split("; ") == [
         "engine.tpp: unknown key",
         "rollout.top_p=2.0: Input should be less than or equal to 1",
