@@ -137,6 +137,7 @@ def test_every_prompt_is_trained_exactly_once_across_the_stop(run_dir: Path) -> 
 def test_the_run_directory_is_complete(run_dir: Path) -> None:
     assert {path.name for path in run_dir.iterdir()} >= {
         *("config.yaml", "metrics.jsonl", "tensorboard", "rollouts", "checkpoints", "hf", "report.html", "summary.json"),
+        "pass_history.jsonl",
     }
     assert [row["step"] for row in rows(run_dir / "evaluations.jsonl")] == [0, STEPS]
 
