@@ -19,7 +19,7 @@ from megatron_rl.data.stream import PromptStream
 from megatron_rl.loops.conductor import Conductor, Phase
 from megatron_rl.loops.journal import Journal
 from megatron_rl.loops.signals import StopFlag
-from megatron_rl.scheduler.c3po_pp import Settings, group_of
+from megatron_rl.scheduler.c3po_pp import Settings
 from megatron_rl.types import Group, Prompt, Rollout, SamplingParams, Score
 
 RIGHT, WRONG, UNREADABLE = Score(1.0, "correct"), Score(0.0, "wrong"), Score(0.0, "unparsable")
@@ -101,22 +101,12 @@ STAGES = (Stage(steps=3, domains=("math",)), Stage(domains=("math", "code")))
 CURRICULUM = Curriculum(pass_rate=(0.3, 0.7), revisit=3)
 
 
-class Marked(ParityRewards):
-    """Odd lengths are right, a few are judged too late; counts what was judged by group."""
-
-    def __init__(self) -> None:
-        self.judged: Counter[str] = Counter()
-        self.correct: Counter[str] = Counter()
+class SometimesLate(ParityRewards):
+    """Odd lengths are right, some are judged too late."""
 
     async def score(self, rollouts: Sequence[Rollout]) -> list[Score]:
-        scores = [
-            LATE if len(rollout.tokens) == 7 else score
-            for rollout, score in zip(rollouts, await super().score(rollouts), strict=True)
-        ]
-        for rollout, score in zip(rollouts, scores, strict=True):
-            self.judged[group_of(rollout.id)] += score.is_judgement
-            self.correct[group_of(rollout.id)] += score.status == "correct"
-        return scores
+        scores = await super().score(rollouts)
+        return [LATE if len(rollout.tokens) == 7 else score for rollout, score in zip(rollouts, scores, strict=True)]
 
 
 @pytest.fixture
@@ -131,9 +121,9 @@ def has_both(group: Group) -> bool:
 
 class Run:
     def __init__(self, runner: asyncio.Runner, folder: Path, settings: Settings) -> None:
-        self.rewards, self.engine = Marked(), ScriptedEngine("a", prompt_tokens=2)
+        self.engine = ScriptedEngine("a", prompt_tokens=2)
         self.stream = PromptStream(prompts(16, ["math", "code"]), 0, stages=STAGES, curriculum=CURRICULUM)
-        parts = (ScriptedEngines([self.engine]), self.rewards, self.stream, Journal(folder, {}), StopFlag(), runner)
+        parts = (ScriptedEngines([self.engine]), SometimesLate(), self.stream, Journal(folder, {}), StopFlag(), runner)
         self.conductor = Conductor(settings, SAMPLING, *parts, timeout_s=20, is_useful=has_both)
 
     def phases(self, versions: range) -> list[Phase]:
@@ -161,13 +151,20 @@ def test_every_judgement_counts_once_and_a_journal_brings_all_back(
     assert metrics["data/epoch"] > 2 and metrics["data/stage"] == 1 and max(p.metrics["data/left_out"] for p in phases) > 0
 
     found = rows(first.stream.history, first.stream.prompts, tmp_path)
-    for name, counted in (("samples", first.rewards.judged), ("correct", first.rewards.correct)):
-        total: Counter[str] = Counter()
-        for group_id, number in counted.items():
-            total[group_id.partition(":")[2]] += number
-        assert {id: row[name] for id, row in found.items()} == {id: n for id, n in total.items() if id in found}
-        for id, row in found.items():
-            assert row["latest"][name] == counted[f"{row['latest']['epoch']}:{id}"]
+    groups = [group for phase in phases for group in (*phase.groups, *phase.useless)] + first.conductor.pool.scored
+    judged, correct = (Counter[tuple[str, int]]() for _ in range(2))  # by prompt and epoch
+    for group in groups:
+        key = group.prompt.id, int(group.id.partition(":")[0])
+        judged[key] += sum(score.is_judgement for score in group.scores)
+        correct[key] += sum(score.status == "correct" for score in group.scores)
+    judged = +judged  # a group that was judged too late in whole is not there
+    assert found.keys() == {id for id, _ in judged}
+    for id, row in found.items():
+        epochs = [epoch for prompt, epoch in judged if prompt == id]
+        assert row["latest"]["epoch"] == max(epochs)
+        for name, counted in (("samples", judged), ("correct", correct)):
+            assert row["latest"][name] == counted[id, max(epochs)]
+            assert row[name] == sum(counted[id, epoch] for epoch in epochs)
 
     again = Run(runner, tmp_path, Settings(**BASE, **settings))
     again.conductor.restarted(0)
