@@ -12,6 +12,7 @@ from pydantic import ValidationError
 
 from megatron_rl.config import RlRun, UserError, validate
 from megatron_rl.config.model import ModelConfig, ParallelConfig
+from megatron_rl.generation import scheduler_settings, tell_outlook
 
 
 @pytest.fixture(scope="module")
@@ -220,3 +221,13 @@ def test_shared_experts_are_cut_over_tensor_parallel_ranks(tiny: dict[str, Any])
 )
 def test_possible_layouts_pass(tiny: dict[str, Any], world_size: int, layout: dict[str, Any]) -> None:
     ParallelConfig(**layout).check(world_size, ModelConfig(**tiny))
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_a_cut_of_the_vocabulary_is_warned_of_unless_its_masks_are_kept(
+    values: dict[str, Any], kept: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = validate(RlRun, changed(changed(values, "rollout.top_k", 20), "rollout.keep_sampling_mask", kept))
+    tell_outlook(scheduler_settings(run), run)
+    warned = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert warned == [] if kept else (len(warned) == 1 and "top_k=20: log-probs are those before the cut" in warned[0])
