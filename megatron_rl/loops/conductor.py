@@ -21,6 +21,7 @@ from megatron_rl.loops.dispatch import Dispatch
 from megatron_rl.loops.journal import Journal
 from megatron_rl.loops.pool import Began, Cut, Entry, Overflow, Pool, Scored, Stopped, Streamed, Taken
 from megatron_rl.loops.signals import StopFlag
+from megatron_rl.loops.verdicts import Verdicts
 from megatron_rl.ports import Engine, Engines, Prompts, Rewards
 from megatron_rl.scheduler import c3po_pp as sched
 from megatron_rl.types import EngineLost, GenerateRequest, Group, SamplingParams
@@ -58,7 +59,7 @@ class Conductor:
         """`record_experts`: whether the phase of these weights keeps the engines' routed experts."""
         self.pool = Pool(settings, sampling, prompts, is_useful)
         self.record_experts = record_experts
-        self.engines, self.rewards, self.journal = engines, rewards, journal
+        self.engines, self.verdicts, self.journal = engines, Verdicts(rewards), journal
         self.stop, self.runner, self.timeout_s = stop, runner, timeout_s
         self.dispatch = Dispatch()
         self._recorded: deque[Entry] = deque()  # of the journal, not entered yet
@@ -74,13 +75,14 @@ class Conductor:
             status = self.runner.run(self._limited(work, version))
             if status != "done":
                 return Phase(status)
-            taken, idle = self.pool.next_groups(train_token_budget, overflow), work.idle_fraction
+            taken, idle, tail_s = self.pool.next_groups(train_token_budget, overflow), work.idle_fraction, work.reward_tail_s
         else:
-            taken, idle = recorded, 0.0
+            taken, idle, tail_s = recorded, 0.0, 0.0
         groups, useless = tuple(self.pool.scored[: taken.count]), tuple(self.pool.useless)
         metrics = self.pool.metrics() | {
             "rollout/given_up_groups": float(taken.given_up),
             "time/rollout_s": time.monotonic() - started,
+            "time/reward_tail_s": tail_s,
             "rollout/engine_idle_fraction": idle,
             "rollout/from_journal": float(recorded is not None),
         }
@@ -158,12 +160,14 @@ class _PhaseWork:
         self.lost: set[str] = set()
         self.records_experts = False
         self._idle_s = self._seconds = 0.0  # of engines, and of the phase
+        self.reward_tail_s = 0.0  # with nothing in flight, while scores were missing
 
     async def run(self, version: int) -> Literal["done", "no_engine", "stopped"]:
         if self.c.stop.requested:
             self._tell(Stopped())  # of a phase that ran out of engines; nothing else is running yet
             return "stopped"
         self.dispatch.forget_prefixes()
+        self.c.verdicts.keep(self.pool.rollouts)
         self.records_experts = self.c.record_experts(version)
         for part_id in self.pool.unscored:  # of a journal that ended before their scores
             self._spawn(self._score(part_id))
@@ -199,10 +203,12 @@ class _PhaseWork:
     async def _next(self) -> Entry | BaseException | None:
         started, alive = time.monotonic(), self._alive()
         idle = sum(not self.dispatch.in_flight[engine.name] for engine in alive)
+        waits = bool(self.pool.unscored) and not self.dispatch.any_in_flight
         entry = await self.entries.get()
         seconds = time.monotonic() - started
         self._seconds += seconds
         self._idle_s += seconds * idle / max(1, len(alive))
+        self.reward_tail_s += seconds if waits else 0.0
         return entry
 
     def _tell(self, entry: Entry) -> None:
@@ -215,6 +221,10 @@ class _PhaseWork:
                         self._spawn(self._abort_until_quiet())
                 case sched.Release(part_id):
                     self._spawn(self._score(part_id))
+        if isinstance(entry, Streamed):
+            ended = [message.rollout_id for message in entry.messages if message.finish_reason]
+            if waiting := [name for name in ended if name in self.pool.rollouts]:  # for the others of their groups
+                self.c.verdicts.expect([self.pool.rollouts[name].rollout(name) for name in waiting])
 
     def _alive(self) -> list[Engine]:
         return [engine for engine in self.c.engines.alive if engine.name not in self.lost]
@@ -252,7 +262,7 @@ class _PhaseWork:
             self.entries.put_nowait(Cut(sorted(unfinished)))
 
     async def _score(self, part_id: str) -> None:
-        scores = await self.c.rewards.score(self.pool.unscored[part_id])
+        scores = await self.c.verdicts.of(self.pool.unscored[part_id])
         self.entries.put_nowait(Scored(part_id, tuple(scores)))
 
     async def _abort_until_quiet(self) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,9 @@ from megatron_rl.loops.journal import Journal
 from megatron_rl.loops.pool import Growing
 from megatron_rl.loops.serial import from_json, to_json
 from megatron_rl.loops.signals import StopFlag
+from megatron_rl.loops.verdicts import Verdicts
 from megatron_rl.scheduler.c3po_pp import Settings
-from megatron_rl.types import Progress, Rollout, SamplingParams
+from megatron_rl.types import Progress, Rollout, SamplingParams, Score
 
 GROUP, POOL, BUDGET = 4, 24, 100
 
@@ -224,6 +225,76 @@ def test_a_phase_beyond_its_limit_says_what_it_waited_for(runner: asyncio.Runner
     c.timeout_s = 0.2
     with pytest.raises(TimeoutError, match=r"phase 0 still waits for 24 rollouts on mute"):
         c.phase(0)
+
+
+def test_the_wait_for_scores_after_the_last_token_is_told(runner: asyncio.Runner) -> None:
+    class Slow(ParityRewards):
+        async def score(self, rollouts: Sequence[Rollout]) -> list[Score]:
+            await asyncio.sleep(0.3)
+            return await super().score(rollouts)
+
+    quick, slow = (conductor(runner, two_engines()) for _ in range(2))
+    slow.verdicts = Verdicts(Slow())
+    assert quick.phase(0).metrics["time/reward_tail_s"] < 0.1
+    metrics = slow.phase(0).metrics
+    assert 0.2 < metrics["time/reward_tail_s"] <= metrics["time/rollout_s"]
+
+
+def test_what_is_offered_again_is_judged_by_its_new_tokens(runner: asyncio.Runner) -> None:
+    prompt = CountedPrompts().take()[1]
+    old, new, other = (Rollout(name, prompt, 0, (7,) * n, (0.0,) * n, (0,) * n) for name, n in (("a", 3), ("a", 4), ("b", 5)))
+
+    async def judged() -> list[Score]:
+        verdicts = Verdicts(ParityRewards())
+        verdicts.expect([other, old])
+        return await verdicts.of([new, other])
+
+    assert [score.value for score in runner.run(judged())] == [0.0, 1.0]
+
+
+def test_complete_groups_are_scored_before_what_is_scored_ahead(runner: asyncio.Runner) -> None:
+    prompt, asked = CountedPrompts().take()[1], []
+    a, b, c, d, e = (Rollout(name, prompt, 0, (7,), (0.0,), (0,)) for name in "abcde")
+
+    class Noting(ParityRewards):
+        async def score(self, rollouts: Sequence[Rollout]) -> list[Score]:
+            asked.append("".join(rollout.id for rollout in rollouts))
+            await asyncio.sleep(0.01)
+            return await super().score(rollouts)
+
+    async def judged() -> None:
+        verdicts = Verdicts(Noting())
+        verdicts.expect([a])
+        verdicts.expect([b])  # one call at a time
+        verdicts.expect([c])
+        group = asyncio.create_task(verdicts.of([a, d]))
+        await asyncio.sleep(0)
+        verdicts.expect([e])
+        await group
+        await verdicts.of([b, c, e])
+
+    runner.run(judged())
+    assert asked == ["a", "d", "bce"]
+
+
+def test_a_rollout_is_scored_once_and_ahead_of_its_group(runner: asyncio.Runner) -> None:
+    asked: list[str] = []
+    early: set[str] = set()  # before their groups were complete
+
+    class Noting(ParityRewards):
+        async def score(self, rollouts: Sequence[Rollout]) -> list[Score]:
+            asked.extend(rollout.id for rollout in rollouts)
+            early.update(rollout.id for rollout in rollouts if rollout.id in c.pool.rollouts)
+            return await super().score(rollouts)
+
+    c = conductor(runner, two_engines())
+    c.verdicts = Verdicts(Noting())
+    phases = [c.phase(version) for version in range(10)]
+    groups = [group for phase in phases for group in phase.groups]
+    for group in groups:
+        assert group.rewards == tuple(float(len(rollout.tokens) % 2) for rollout in group.rollouts)
+    assert len(asked) == len(set(asked)) and len(early) > len(groups)
+    assert set(asked) >= {rollout.id for group in groups for rollout in group.rollouts}
 
 
 def test_what_a_train_budget_leaves_may_be_given_up(runner: asyncio.Runner) -> None:
