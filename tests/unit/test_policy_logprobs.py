@@ -13,6 +13,11 @@ from megatron_rl.policy.logprobs import row_logprobs
 from megatron_rl.policy.packed import RowSupport
 
 ROWS, VOCABULARY = 12, 20
+PLACES = [
+    *(("cpu", torch.float64, 1e-12), ("cpu", torch.float32, 1e-5), ("cpu", torch.bfloat16, 0.05)),
+    pytest.param("cuda", torch.float32, 1e-5, marks=pytest.mark.gpu),
+    pytest.param("cuda", torch.bfloat16, 0.05, marks=pytest.mark.gpu),
+]
 
 
 class Alone:
@@ -51,13 +56,15 @@ def expected(
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 0.05)])
+@pytest.mark.parametrize(("device", "dtype", "tolerance"), PLACES)
 def test_values_and_gradients_are_those_of_the_softmax_over_the_support(
-    dtype: torch.dtype, tolerance: float, temperature: float
+    device: str, dtype: torch.dtype, tolerance: float, temperature: float
 ) -> None:
     logits_RV, tokens_R, support, left_RV = case(dtype)
     ours, dense = (logits_RV.clone().requires_grad_() for _ in range(2))
-    found = row_logprobs(ours, tokens_R, temperature, ALONE, VOCABULARY, support)
+    there = RowSupport(support.ids_K.to(device), support.rows_K.to(device))
+    found_there = row_logprobs(ours.to(device), tokens_R.to(device), temperature, ALONE, VOCABULARY, there)
+    found = tuple(value.cpu() for value in found_there)
     wanted = expected(dense, tokens_R, left_RV, temperature)
     upstream = [torch.randn(ROWS, dtype=torch.float64, generator=torch.Generator().manual_seed(i)) for i in range(2)]
     torch.autograd.backward(found, [grad_R.to(value.dtype) for grad_R, value in zip(upstream, found, strict=True)])
