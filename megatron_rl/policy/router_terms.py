@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state as mpu
-from megatron.core.transformer.moe.moe_utils import clear_aux_losses_tracker, get_moe_layer_wise_logging_tracker
+from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_tracker
 from megatron.core.utils import unwrap_model
 
 
@@ -43,7 +43,7 @@ class RouterTerms:
         for router in self._routers:
             router.config.moe_z_loss_coeff = self._z_loss * share or None
             router.config.moe_aux_loss_coeff = self._load_balance * share
-        clear_aux_losses_tracker()
+        get_moe_layer_wise_logging_tracker().clear()  # and not to 0: another policy of this process may have had fewer layers
 
     def metrics(self, device: torch.device) -> dict[str, float]:
         """*Collective* over all ranks: both terms without their coefficients, as means over layers, microbatches and replicas."""

@@ -16,13 +16,13 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from megatron.core.utils import unwrap_model
+from small_policy import loaded_policy
 from tiny_families import model_of
 
-from megatron_rl.config.model import ModelConfig, OptimizerConfig, ParallelConfig
+from megatron_rl.config.model import ModelConfig, ParallelConfig
 from megatron_rl.loops.batches import TrainSequence, microbatches
-from megatron_rl.policy import MegatronPolicy, MegatronRanks, weights
+from megatron_rl.policy import MegatronRanks
 from megatron_rl.policy.packed import rank_inputs
-from megatron_rl.resharding.hf import load_hf
 from megatron_rl.types import RoutingShape
 
 
@@ -40,16 +40,7 @@ def compare(folder: Path, kind: str, model: ModelConfig, parallel: ParallelConfi
         for r in rollouts
     ]
     share = microbatches(sequences, capacity=256, replicas=ranks.dp_size, replica=ranks.dp_rank, device=ranks.device, routing=shape)
-    policy = MegatronPolicy(
-        model,
-        parallel,
-        OptimizerConfig(lr=1e-3),
-        total_steps=1,
-        seed=0,
-        ranks=ranks,
-        load=lambda chunks: load_hf(folder / "hf", weights(chunks), model, parallel, ranks.rank),
-        replay=kind,  # type: ignore[arg-type]
-    )
+    policy = loaded_policy(folder / "hf", model, parallel, ranks, replay=kind)
     maps: dict[int, list[torch.Tensor]] = {}
     (chunk,) = unwrap_model(policy.chunks)
     for layer in chunk.decoder.layers:

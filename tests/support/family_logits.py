@@ -17,26 +17,18 @@ import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 from megatron.core.utils import unwrap_model
 from safetensors.torch import load_file
+from small_policy import loaded_policy
 from tiny_families import model_of
 
 from megatron_rl.algorithms.batch import PackedBatch
-from megatron_rl.config.model import ModelConfig, OptimizerConfig, ParallelConfig
-from megatron_rl.policy import MegatronPolicy, MegatronRanks, weights
+from megatron_rl.config.model import ModelConfig, ParallelConfig
+from megatron_rl.policy import MegatronRanks
 from megatron_rl.policy.packed import rank_inputs
-from megatron_rl.resharding.hf import load_hf
 
 
 def compare(path: Path, model: ModelConfig, parallel: ParallelConfig, ranks: MegatronRanks) -> dict[str, float]:
     parallel.check(ranks.world_size, model)
-    policy = MegatronPolicy(
-        model,
-        parallel,
-        OptimizerConfig(lr=1e-3),
-        total_steps=1,
-        seed=0,
-        ranks=ranks,
-        load=lambda chunks: load_hf(path, weights(chunks), model, parallel, ranks.rank),
-    )
+    policy = loaded_policy(path, model, parallel, ranks)
     expected = load_file(path / "expected.safetensors")
     cu_seqlens = torch.cat([torch.zeros(1), expected["lengths_S"].cumsum(0)]).int()
     batch = PackedBatch(expected["tokens_T"], cu_seqlens, torch.ones(len(expected["tokens_T"])))

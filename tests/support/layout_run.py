@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from small_policy import DIVISIBLE
 from tiny_families import tiny_model
 
 from megatron_rl.algorithms.batch import PackedBatch, Support
@@ -24,19 +25,7 @@ from megatron_rl.policy import MegatronPolicy, MegatronRanks
 
 VOCABULARY = 51  # no multiple of 2: padded under TP2
 MODELS = {
-    "ling": ModelConfig.model_validate(
-        {
-            "vocab_size": 48,
-            "hidden_size": 32,
-            "num_layers": 4,
-            "num_attention_heads": 4,
-            "num_kv_heads": 2,
-            "head_dim": 16,
-            "ffn_hidden_size": 64,
-            "moe": {"num_experts": 8, "top_k": 4, "ffn_hidden_size": 32, "num_groups": 4, "topk_groups": 2},
-            "init_std": 0.1,
-        }
-    ),
+    "ling": ModelConfig.model_validate(DIVISIBLE),
     "latent": tiny_model("deepseek_v3_yarn", vocab_size=VOCABULARY),  # and multi-token prediction
     "normalised head": tiny_model("bailing_moe", vocab_size=VOCABULARY),
     "tied, biased": tiny_model("qwen2_tied", vocab_size=VOCABULARY),

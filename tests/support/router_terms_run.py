@@ -12,23 +12,14 @@ import sys
 
 import torch
 import torch.distributed as dist
+from small_policy import DIVISIBLE
 
 from megatron_rl.algorithms.batch import LossOutput, PackedBatch
 from megatron_rl.config.model import ModelConfig, OptimizerConfig, ParallelConfig
 from megatron_rl.policy import MegatronPolicy, MegatronRanks
 
 MICROBATCHES = 4
-MODEL = {
-    "vocab_size": 51,
-    "hidden_size": 32,
-    "num_layers": 4,
-    "num_attention_heads": 4,
-    "num_kv_heads": 2,
-    "head_dim": 16,
-    "ffn_hidden_size": 64,
-    "moe": {"num_experts": 8, "top_k": 4, "ffn_hidden_size": 32, "num_groups": 4, "topk_groups": 2},
-    "init_std": 0.1,
-}
+MODEL = DIVISIBLE | {"vocab_size": 51}
 
 
 def microbatch(seed: int) -> PackedBatch:

@@ -16,17 +16,17 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from small_policy import loaded_policy
 from tiny_families import model_of, write_family
 
 from megatron_rl.algorithms.batch import PackedBatch, Support
 from megatron_rl.checkpoint.store import CheckpointStore
 from megatron_rl.compare import compare, version_of
 from megatron_rl.config.errors import UserError
-from megatron_rl.config.model import OptimizerConfig, ParallelConfig
+from megatron_rl.config.model import ParallelConfig
 from megatron_rl.observability.rollout_rows import FLOATS, packed
 from megatron_rl.observability.tracker import RunTracker
-from megatron_rl.policy import MegatronPolicy, MegatronRanks, weights
-from megatron_rl.resharding.hf import load_hf
+from megatron_rl.policy import MegatronRanks
 from megatron_rl.types import Group, Prompt, Rollout, Score
 
 TEMPERATURE, STEP = 0.7, 9  # the dump's step: trained by weights version 8
@@ -48,15 +48,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     random = torch.Generator().manual_seed(0)
     tokens = [torch.randint(model.vocab_size, (length,), generator=random) for length in (12, 30, 5, 21)]
     ranks = MegatronRanks(alone, model)
-    policy = MegatronPolicy(
-        model,
-        alone,
-        OptimizerConfig(lr=1e-3),
-        total_steps=1,
-        seed=0,
-        ranks=ranks,
-        load=lambda chunks: load_hf(run / "hf", weights(chunks), model, alone, 0),
-    )
+    policy = loaded_policy(run / "hf", model, alone, ranks)
     ends = torch.tensor([0, *map(len, tokens)]).cumsum(0)
     mask_T = torch.ones(int(ends[-1]))
     cut = slice(int(ends[1]) + 10, int(ends[2]) - 5)

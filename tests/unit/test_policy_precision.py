@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from small_policy import SMALL
 from tiny_families import tiny_model
 
 from megatron_rl.algorithms.batch import LossOutput, PackedBatch
@@ -18,17 +19,6 @@ from megatron_rl.policy.loss_scale import LossScale
 from megatron_rl.resharding.families import model_values
 from megatron_rl.resharding.hf import hf_config
 
-SMALL: dict[str, Any] = {
-    "vocab_size": 32,
-    "hidden_size": 32,
-    "num_layers": 2,
-    "num_attention_heads": 4,
-    "num_kv_heads": 2,
-    "head_dim": 8,
-    "ffn_hidden_size": 48,
-    "moe": {"num_experts": 4, "top_k": 2, "ffn_hidden_size": 16, "num_groups": 2, "topk_groups": 1},
-    "init_std": 0.1,
-}
 ALONE, INITIAL = ParallelConfig(), 1024.0
 LENGTH = 40
 

@@ -7,36 +7,27 @@ from typing import Any
 
 import pytest
 import torch
+from small_policy import SMALL
 
 from megatron_rl.algorithms.batch import LossOutput, PackedBatch
 from megatron_rl.config.model import ModelConfig, OptimizerConfig, ParallelConfig
 from megatron_rl.policy import MegatronPolicy, MegatronRanks
 
-EXPERTS, TOP_K, ALONE = 4, 2, ParallelConfig()
-SMALL = {
-    "vocab_size": 32,
-    "hidden_size": 32,
-    "num_layers": 2,
-    "num_attention_heads": 4,
-    "num_kv_heads": 2,
-    "head_dim": 8,
-    "ffn_hidden_size": 48,
-    "moe": {"num_experts": EXPERTS, "top_k": TOP_K, "ffn_hidden_size": 16, "num_groups": 2, "topk_groups": 1},
-    "init_std": 0.3,
-}
+MODEL = SMALL | {"init_std": 0.3}
+EXPERTS, TOP_K, ALONE = SMALL["moe"]["num_experts"], SMALL["moe"]["top_k"], ParallelConfig()
 ROUTER = "decoder.layers.1.mlp.router"
 Z_LOSS, LOAD_BALANCE = 0.3, 0.7
 
 
 @pytest.fixture(scope="module")
 def ranks() -> Iterator[MegatronRanks]:
-    ranks = MegatronRanks(ALONE, ModelConfig.model_validate(SMALL))
+    ranks = MegatronRanks(ALONE, ModelConfig.model_validate(MODEL))
     yield ranks
     ranks.close()
 
 
 def policy_of(ranks: MegatronRanks, parallel: ParallelConfig = ALONE, dtype: str = "float32", **terms: float) -> MegatronPolicy:
-    model = ModelConfig.model_validate(SMALL | {"dtype": dtype})
+    model = ModelConfig.model_validate(MODEL | {"dtype": dtype})
     optimizer = OptimizerConfig(lr=1e-2, grad_clip=0.0, loss_scale_initial=256.0)
     return MegatronPolicy(model, parallel, optimizer, total_steps=10, seed=0, ranks=ranks, **terms)  # type: ignore[arg-type]
 

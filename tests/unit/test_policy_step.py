@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from small_policy import SMALL
 
 from megatron_rl.algorithms.batch import LossOutput, PackedBatch, Support
 from megatron_rl.config.model import ModelConfig, OptimizerConfig, ParallelConfig
@@ -17,17 +18,6 @@ from megatron_rl.policy import MegatronPolicy, MegatronRanks, build_chunks, init
 from megatron_rl.resharding.families import FAMILIES
 from megatron_rl.resharding.hf import load_hf
 
-SMALL = {
-    "vocab_size": 32,
-    "hidden_size": 32,
-    "num_layers": 2,
-    "num_attention_heads": 4,
-    "num_kv_heads": 2,
-    "head_dim": 8,
-    "ffn_hidden_size": 48,
-    "moe": {"num_experts": 4, "top_k": 2, "ffn_hidden_size": 16, "num_groups": 2, "topk_groups": 1},
-    "init_std": 0.1,
-}
 MODEL, ALONE = ModelConfig.model_validate(SMALL), ParallelConfig()
 
 
