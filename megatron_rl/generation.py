@@ -107,7 +107,7 @@ def rollout_parts(config: RlRun, run_dir: Path, tokenizer: Tokenizer, stop: Stop
         settings, kept, engines, rewards, stream, journal, stop, runner, rollout.timeout_s, is_useful, needs_experts
     )
     evaluator = None
-    if config.data.eval:
+    if config.eval.every or config.eval.at_ends:
         held_out = evaluation_prompts(config, tokenizer, rollout.max_prompt_tokens)
         rewards.expect(held_out)
         evaluator = Evaluator(config.eval, held_out, sampling, engines, rewards, tokenizer.encode, tokenizer.decode, runner)
