@@ -237,7 +237,7 @@ class _Stream:
         if self.ended or reason not in (None, "stop", "length", "abort"):
             raise ValueError(f"an event with finish_reason={reason!r} for {self.request.rollout_id}, ended={self.ended}")
         if reason == "abort" and not aborted:
-            self._explain_abort(meta["finish_reason"])
+            self._explain_abort(meta)
         self.ended = reason is not None
 
         tokens, pairs = event["output_ids"], meta.get("output_token_logprobs") or []
@@ -251,7 +251,7 @@ class _Stream:
                 f"which had {len(self._versions)} of at most {self.request.max_new_tokens}"
             )
         if any(logprob is None for logprob, _, _ in pairs):  # how JSON tells a NaN
-            raise UserError(NOT_A_NUMBER.format(version=meta.get("weight_versions") and meta["weight_versions"][-1]["version"]), 1)
+            raise UserError(NOT_A_NUMBER.format(version=meta["weight_version"]), exit_code=1)
         logprobs = tuple(logprob for logprob, _, _ in pairs)
         for token, (logprob, told, _) in zip(tokens, pairs, strict=True):
             if token != told or not 0 <= token < self._vocab_size or not math.isfinite(logprob):
@@ -282,11 +282,15 @@ class _Stream:
                 raise ValueError(f"token {token} with log-prob {logprob} within its support")
         return tuple(logprobs), tuple(array("i", ids).tobytes() for ids in supports)
 
-    def _explain_abort(self, reason: Mapping[str, Any]) -> NoReturn:
-        if self.request.sampling.report_support and reason.get("status_code") == HTTPStatus.BAD_REQUEST:
+    def _explain_abort(self, meta: Mapping[str, Any]) -> NoReturn:
+        reason, with_support = meta["finish_reason"], self.request.sampling.report_support
+        if with_support and reason.get("status_code") == HTTPStatus.BAD_REQUEST:
             # A support beyond the server's limit (batch_result_processor.py:1226), or none: another engine would say the same.
             keys = "rollout.top_k, engine.server_args.sampling_mask_max_tokens"
             raise UserError(f"rollout.keep_sampling_mask: {reason['message']} ({keys})", exit_code=1)
+        if with_support and not self._versions and "outside its captured sampling support" in reason["message"]:
+            # What is not a number is in no support (sampler.py:536). A sampler that errs hardly does at a first token.
+            raise UserError(NOT_A_NUMBER.format(version=meta["weight_version"]), exit_code=1)
         raise ValueError(f"aborted {self.request.rollout_id} by itself: {reason.get('message')}")
 
     def _experts(self, reported: str | None, aborted: bool) -> bytes:

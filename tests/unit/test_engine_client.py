@@ -395,7 +395,7 @@ def test_the_first_fault_ends_every_stream_of_its_server(fault: bytes | None) ->
 
 
 def test_a_logprob_that_is_no_number_is_the_policys_fault_not_the_engines() -> None:
-    with pytest.raises(UserError, match="training has diverged"):
+    with pytest.raises(UserError, match="under weights 7 are not numbers: training has diverged"):
         run(_has_no_logprob, timeout_s=0.5)
 
 
@@ -460,6 +460,22 @@ def test_a_support_beyond_the_servers_limit_names_the_keys_and_costs_no_engine()
     assert caught.value.exit_code == 1
     with pytest.raises(EngineLost, match="aborted 0:a#1 by itself"):  # of a request that asked for none
         run(handler)
+
+
+@pytest.mark.parametrize(
+    ("before", "error", "words"), [(0, UserError, "weights 7 are not numbers"), (1, EngineLost, "by itself: The")]
+)
+def test_no_support_at_the_first_token_is_taken_for_a_diverged_policy(before: int, error: type[Exception], words: str) -> None:
+    message = "The sampling backend selected a token outside its captured sampling support."
+    reason = {"type": "abort", "status_code": 500, "message": message}
+
+    async def handler(request: web.Request, body: dict[str, Any], reply: Reply) -> None:
+        if before:
+            await reply.raw(reply.event(0, [1], **masks([1])))
+        await reply.raw(reply.event(0, [], finish_reason=reason))
+
+    with pytest.raises(error, match=words):
+        run(handler, requests=CUT)
 
 
 def test_a_server_that_is_not_there_is_an_engine_lost() -> None:
