@@ -302,6 +302,16 @@ def test_single_requests_can_be_aborted_while_others_go_on(engine: SglangEngine)
     assert got["0:1#0"][-1].finish_reason == "length"
 
 
+def test_weights_that_are_not_numbers_are_the_policys_fault(engines: SglangEngines, engine: SglangEngine) -> None:
+    weights = random_weights(CONFIG, seed=10)
+    weights["lm_head.weight"].fill_(float("nan"))
+    push(engines, weights, version=10)
+    for kept in (False, True):
+        with pytest.raises(UserError, match="under weights 10 are not numbers: training has diverged"):
+            generate(engine, requests_for([[5, 6]], 8, top_k=20, report_support=kept))
+    assert engine.lost is None
+
+
 def test_pushed_weights_give_the_original_implementations_logprobs(
     engines: SglangEngines, engine: SglangEngine, shared_data: Path
 ) -> None:
