@@ -180,8 +180,8 @@ def test_a_seed_decides_the_samples_however_they_are_made(
     assert any(cut[r.rollout_id].tokens for r in rest)
     went_on = tokens(rest)
     assert {name: rollout.tokens + went_on.get(name, ()) for name, rollout in cut.items()} == expected
-    others = tokens(requests_for(prompts, 40, seed=2, **sampling))
-    assert sum(others[name] == expected[name] for name in others) == 0
+    others = tokens(requests_for(prompts[:8], 40, seed=2, **sampling))
+    assert all(others[name] != expected[name] for name in others)
 
 
 def test_seeded_samples_follow_the_probabilities(engines: SglangEngines, engine: SglangEngine) -> None:
