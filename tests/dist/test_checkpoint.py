@@ -148,6 +148,7 @@ def test_one_rank_goes_on_with_either_optimizer_and_refuses_another_model(folder
     assert "is of another model: vocab_size=32 (there: 64), num_layers=3 (there: 4)" in message
 
 
+@pytest.mark.slow
 def test_latent_attention_prediction_layers_and_a_padded_vocabulary_move_between_layouts(tmp_path: Path) -> None:
     model = tmp_path / "model.yaml"
     model.write_text(yaml.safe_dump(tiny_model("deepseek_v3", vocab_size=51).model_dump()))  # no multiple of 2

@@ -147,7 +147,12 @@ def server_pid(name: str) -> int:
 
 
 @pytest.mark.parametrize(
-    ("sent", "transport"), [(signal.SIGKILL, "group"), (signal.SIGSTOP, "group"), (signal.SIGSTOP, "shared_memory")]
+    ("sent", "transport"),
+    [
+        (signal.SIGKILL, "group"),
+        pytest.param(signal.SIGSTOP, "group", marks=pytest.mark.slow),
+        (signal.SIGSTOP, "shared_memory"),
+    ],
 )
 def test_a_server_that_dies_or_hangs_during_a_push_is_named_in_time(
     engines: SglangEngines,
