@@ -43,10 +43,11 @@ class Verdicts:
             if late := [rollout for rollout in rollouts if _key(rollout) not in self._called]:
                 self._call(late)
             calls = [self._called.pop(_key(rollout)) for rollout in rollouts]
-            return [(await call)[place] for call, place in calls]
+            scores = [(await call)[place] for call, place in calls]
         finally:
             self._groups -= 1
-            self._go_ahead()
+        self._go_ahead()  # and not where this was cancelled: its loop ends
+        return scores
 
     def keep(self, rollout_ids: Collection[str]) -> None:
         """All others were dropped."""

@@ -297,6 +297,31 @@ def test_a_rollout_is_scored_once_and_ahead_of_its_group(runner: asyncio.Runner)
     assert set(asked) >= {rollout.id for group in groups for rollout in group.rollouts}
 
 
+def test_a_wait_for_scores_that_is_given_up_leaves_nothing_behind() -> None:
+    """Else a run that ends this way tells of tasks that were destroyed, after the line that says why it ended."""
+    prompt, asked = CountedPrompts().take()[1], []
+    a, b = (Rollout(name, prompt, 0, (7,), (0.0,), (0,)) for name in "ab")
+
+    class Hanging(ParityRewards):
+        async def score(self, rollouts: Sequence[Rollout]) -> list[Score]:
+            asked.append("".join(rollout.id for rollout in rollouts))
+            await asyncio.sleep(60)
+            return []
+
+    async def given_up() -> None:
+        verdicts = Verdicts(Hanging())
+        group = asyncio.create_task(verdicts.of([a]))
+        await asyncio.sleep(0.01)
+        verdicts.expect([b])
+        group.cancel()
+        await asyncio.gather(group, return_exceptions=True)
+        await asyncio.sleep(0)
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+
+    asyncio.run(given_up())
+    assert asked == ["a"]
+
+
 def test_what_a_train_budget_leaves_may_be_given_up(runner: asyncio.Runner) -> None:
     c = conductor(runner, two_engines(), token_budget=400)
     phase = c.phase(0, train_token_budget=30, overflow="discard")
