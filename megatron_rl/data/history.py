@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import base64
 import json
+import logging
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -18,9 +19,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_rl.config.errors import UserError
 from megatron_rl.types import Prompt, Score
 
+log = logging.getLogger(__name__)
 COLUMNS = ("samples", "correct", "latest_epoch", "latest_samples", "latest_correct")
 
 
@@ -59,7 +60,8 @@ class PassHistory:
 
     def write(self, file: Path, prompts: Sequence[Prompt]) -> None:
         """A line for each of `prompts` (all of them, by number) that was judged; no file if none was. The names are those of
-        rates.jsonl (tools/filter_by_pass_rate.py), and `samples` are judged ones."""
+        rates.jsonl (tools/filter_by_pass_rate.py), and `samples` are judged ones. A disk that takes no more is a warning:
+        checkpoints hold these numbers, and how the run ended is for others to say."""
         if not self.seen:
             return
         partial = file.with_suffix(".tmp")
@@ -70,7 +72,7 @@ class PassHistory:
                     lines.write(json.dumps(row, ensure_ascii=False) + "\n")
             partial.replace(file)
         except OSError as error:
-            raise UserError(f"{file}: cannot write: {error.strerror}", exit_code=1) from None
+            log.warning("%s: cannot write: %s", file, error.strerror)
 
     def _row(self, number: int) -> dict[str, Any]:
         values = {name: int(column[number]) for name, column in self._columns.items()}

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 from fakes import ParityRewards, ScriptedEngine, ScriptedEngines
 
-from megatron_rl.config import UserError
 from megatron_rl.config.data import Curriculum, Stage
 from megatron_rl.data.history import PassHistory
 from megatron_rl.data.stream import PromptStream
@@ -87,10 +88,16 @@ def test_a_run_that_judged_nothing_leaves_the_file_of_an_earlier_one_alone(tmp_p
     file.write_text("earlier")
     PassHistory(3).write(file, prompts(3))
     assert file.read_text() == "earlier"
+
+
+def test_a_disk_that_takes_no_more_does_not_hide_how_a_run_ended(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     history = PassHistory(1)
     history.record(0, 0, [RIGHT])
-    with pytest.raises(UserError, match=r"nowhere/pass_history\.jsonl: cannot write: No such file"):
-        history.write(tmp_path / "nowhere" / file.name, prompts(1))
+    with pytest.raises(SystemExit) as ended, ExitStack() as stack:
+        stack.callback(history.write, tmp_path / "nowhere" / "pass_history.jsonl", prompts(1))
+        sys.exit(143)
+    assert ended.value.code == 143
+    assert "nowhere/pass_history.jsonl: cannot write: No such file" in caplog.text
 
 
 # In the pool, under everything that happens to groups.
