@@ -1,7 +1,7 @@
 """What turns scores into an update.
 
 Invariant (tests/unit/test_frame_config.py): a key that would be without effect beside the others is refused where it is not at its
-default, by name and with the key that it needs.
+default, by name, with the key that it needs and with that default.
 """
 
 from __future__ import annotations
@@ -16,10 +16,12 @@ from megatron_rl.config.base import Config
 
 def refuse_dead(config: Config, keys: Sequence[str], live: bool, needs: str) -> None:
     """The YAML groups name every key, so that one counts as set where it differs from its default."""
-    fields = type(config).model_fields
-    dead = [f"{key}={getattr(config, key)}" for key in keys if getattr(config, key) != fields[key].default]
+    defaults = {key: type(config).model_fields[key].default for key in keys}
+    dead = {key: getattr(config, key) for key in keys if getattr(config, key) != defaults[key]}
     if dead and not live:
-        raise ValueError(f"{', '.join(dead)}: without effect, needs {needs}")
+        found = ", ".join(f"{key}={value}" for key, value in dead.items())
+        unset = ", ".join(f"{key}={'null' if defaults[key] is None else defaults[key]}" for key in dead)
+        raise ValueError(f"{found}: without effect, needs {needs}; without that {unset}")
 
 
 class CorrectionConfig(Config):

@@ -142,8 +142,15 @@ def test_values_that_contradict_each_other_are_named(values: dict[str, Any], key
         ({"surrogate": "cispo", "clip_low": 0.1}, "algorithm: clip_low=0.1: without effect, needs surrogate=ppo, gspo or gmpo"),
         ({"surrogate": "reinforce", "clip_high": 0.3}, "algorithm: clip_high=0.3: without effect, needs another surrogate"),
         ({"kl_estimator": "k2"}, "algorithm: kl_estimator=k2: without effect, needs kl_weight above 0"),
-        ({"kl_in": "reward"}, "algorithm: kl_in=reward: without effect, needs kl_weight above 0"),
-        ({"loss_constant": 100}, "algorithm: loss_constant=100: without effect, needs aggregation=constant"),
+        (
+            {"kl_estimator": "k1", "kl_in": "reward"},
+            "algorithm: kl_estimator=k1, kl_in=reward: without effect, needs kl_weight above 0; without that "
+            "kl_estimator=k3, kl_in=loss",
+        ),
+        (
+            {"loss_constant": 100},
+            "algorithm: loss_constant=100: without effect, needs aggregation=constant; without that loss_constant=null",
+        ),
         ({"train_overflow": "discard"}, "algorithm: train_overflow=discard: without effect, needs train_token_budget"),
     ],
 )
