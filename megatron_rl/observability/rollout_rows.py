@@ -69,8 +69,10 @@ def support_of_row(row: Mapping[str, Any]) -> tuple[bytes, ...]:
         raise ValueError(f"supports of {len(sizes)} tokens with {sizes.sum()} ids, for {len(response)} tokens and {len(ids)} ids")
     parts = np.split(ids, sizes.cumsum())[:-1]
     for token, part in zip(response, parts, strict=False):
-        if len(part) and np.count_nonzero(part == token) != 1:
-            raise ValueError(f"token {token} is not once in its support")
+        if len(part) and token not in part:
+            raise ValueError(f"token {token} is not in its support")
+        if len(set(part.tolist())) < len(part):
+            raise ValueError(f"an id is twice in the support of token {token}")
     return tuple(part.tobytes() for part in parts)
 
 

@@ -86,8 +86,9 @@ def test_supports_come_back_with_the_token_they_are_of(tmp_path: Path, supports:
         ([[5, 8]], {"support_ids": None}, "'support_ids' is not base64 of 4-byte numbers"),
         ([[5, 8]], {"support_ids": "AAAAAA=="}, "supports of 1 tokens with 2 ids, for 3 tokens and 1 ids"),
         ([[5], [6], [7]], {"response_ids": "BQAAAA=="}, "supports of 3 tokens with 3 ids, for 1 tokens and 3 ids"),
-        ([[5], [6], [8, 9]], {}, "token 7 is not once in its support"),
-        ([[5, 5]], {}, "token 5 is not once in its support"),
+        ([[5], [6], [8, 9]], {}, "token 7 is not in its support"),
+        ([[5, 5]], {}, "an id is twice in the support of token 5"),
+        ([[5], [8, 6, 8]], {}, "an id is twice in the support of token 6"),
     ],
 )
 def test_a_support_that_does_not_fit_says_so(
