@@ -9,7 +9,7 @@ Invariants:
   worker down otherwise an `error`; the others of its batch get their own scores, from another worker;
 - a worker that has grown past `RETIRED_AT` is replaced between two batches: memory stays flat whatever verifiers leave behind;
 - what a length or a mixture does to rewards it does here, once, to judgements alone;
-- no process outlives the pool or the trainer, even one killed by SIGKILL;
+- no process outlives the pool or the trainer, even one killed by SIGKILL; a pool is closed at once, also while workers still start;
 - the pool serves any event loop, several calls at once, and raises only if workers cannot start at all.
 """
 
@@ -27,6 +27,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field, replace
@@ -45,12 +46,14 @@ from megatron_rl.verifiers.mixture import OWN, mixed
 
 log = logging.getLogger(__name__)
 START_TIMEOUT_S = 300.0  # a second's imports, on a machine where everything else starts too
+LOOK_S = 0.1  # between two looks whether who starts is still wanted
 BATCH = 32  # responses per message, at most; fewer where that lets every worker have some
 HATCH_ATTEMPTS = 3
 WARNINGS = 20  # different failures that are logged
 RETIRED_AT = 2**30  # bytes of resident memory; a fresh worker shares its nursery's, about 0.2 GB
 LIMITS = worker.Limits()
 OUT_OF_CPU = "killed by SIGXCPU"
+CLOSED = "the reward pool is closed"
 Shape = Callable[[Score, int], Score]  # a judgement and the tokens of its response
 
 
@@ -175,9 +178,9 @@ class RewardPool:
         with self._nursery_lock:
             for _ in range(HATCH_ATTEMPTS):
                 if self._closed:
-                    raise WorkersCannotStart("the reward pool is closed")
+                    raise WorkersCannotStart(CLOSED)
                 if self._nursery is None or not self._nursery.alive:
-                    self._nursery = _Nursery(self._modules, self._limits, self._code)
+                    self._nursery = _Nursery(self._modules, self._limits, self._code, lambda: self._closed)
                 try:
                     return self._nursery.hatch()
                 except (EOFError, OSError):  # killed this moment
@@ -201,7 +204,7 @@ class RewardPool:
         if len(job.scores) == len(job.items):
             job.future.set_result(job.scores)
         elif self._closed:
-            job.future.set_exception(WorkersCannotStart("the reward pool was closed"))
+            job.future.set_exception(WorkersCannotStart(CLOSED))
         else:
             self._jobs.put(job)
         return alive and not worker.retired()
@@ -248,8 +251,11 @@ class _Worker:
 class _Nursery:
     """rewards.worker's `main` as a child process. It dies with the thread that makes it: the kernel counts threads as parents."""
 
-    def __init__(self, modules: Mapping[str, str], limits: worker.Limits, code: Mapping[str, Any]) -> None:
+    def __init__(
+        self, modules: Mapping[str, str], limits: worker.Limits, code: Mapping[str, Any], is_closed: Callable[[], bool]
+    ) -> None:
         self._lock = threading.Lock()
+        self._is_closed = is_closed
         self._control, theirs = Pipe()
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (it lives as long as the process)
         arguments = [str(theirs.fileno()), str(os.getpid()), json.dumps(modules), json.dumps(asdict(limits)), json.dumps(code)]
@@ -294,12 +300,18 @@ class _Nursery:
         self._process.wait()
 
     def _expect_ready(self, connection: Connection[Any, Any], who: str) -> None:
+        given_up = time.monotonic() + START_TIMEOUT_S
         try:
-            if connection.poll(START_TIMEOUT_S) and connection.recv() == "ready":
-                return
+            while time.monotonic() < given_up and not self._is_closed():
+                if connection.poll(LOOK_S):
+                    if connection.recv() == "ready":
+                        return
+                    break
         except (EOFError, OSError):
             pass
         self.kill()
+        if self._is_closed():
+            raise WorkersCannotStart(CLOSED)
         self._errors.seek(0)
         words = self._errors.read().decode(errors="replace").strip().splitlines()
         raise WorkersCannotStart(f"{who} does not start: {words[-1] if words else 'it says nothing'}")

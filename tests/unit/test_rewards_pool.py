@@ -266,6 +266,18 @@ def test_workers_that_cannot_start_say_why() -> None:
         pool.close()
 
 
+def test_a_pool_is_closed_at_once_while_its_workers_still_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that ends at its start, by a mistake or Ctrl-C, is not to wait for imports that nobody needs."""
+    begun = tmp_path / "begun"
+    (tmp_path / "slow_import.py").write_text(f"import time\nopen({str(begun)!r}, 'w').close()\ntime.sleep(60)\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    pool = make_pool(2, {"slow": "slow_import"})
+    assert wait_until(begun.exists, 60)
+    started = time.monotonic()
+    pool.close()
+    assert time.monotonic() - started < 10
+
+
 def limited_pool(**settings: Any) -> RewardPool:
     modules = {"bad": "bad_verifiers"} | {name: verifiers.MODULES[name] for name in ("exact", "format", "mixture")}
     return RewardPool(1, 20.0, lambda tokens: "".join(map(chr, tokens)), modules, **settings)
