@@ -151,8 +151,8 @@ class PromptStream:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Under other settings than the checkpoint's, a stage of other domains begins in the next phase, and another curriculum
-        counts from the next epoch on."""
+        """Under other settings than the checkpoint's, a stage of another number or other domains begins in the next phase, and
+        another curriculum counts from the next epoch on."""
         for key, name, now in (("seed", "run.seed", self._seed), ("shuffle", "data.shuffle", self._shuffle)):
             if state[key] != now:
                 raise UserError(f"{name}={now}: the checkpoint was made with {state[key]}; its prompts would come in another order")

@@ -29,7 +29,7 @@ def from_json(kind: type[T], value: Mapping[str, Any]) -> T:
 
 
 def _with_bytes(rollout: Mapping[str, Any]) -> dict[str, Any]:
-    support = tuple(map(base64.b64decode, rollout.get("support", ())))
+    support = tuple(map(base64.b64decode, rollout["support"]))
     return {**rollout, "experts": base64.b64decode(rollout["experts"]), "support": support}
 
 
