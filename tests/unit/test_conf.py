@@ -50,9 +50,17 @@ def test_every_group_option_is_valid(repo_root: Path, group: str, name: str) -> 
     validate(RlRun, composed(repo_root, "rl", f"{group}={name}", *INPUTS["rl"], *overrides))
 
 
-@pytest.mark.parametrize(("verb", "name"), [("rl", "quickstart"), ("sft", "quickstart_sft"), ("eval", "quickstart_eval")])
-def test_experiments_are_valid_and_possible(repo_root: Path, verb: str, name: str) -> None:
-    config = validate(KINDS[verb], composed(repo_root, verb, f"experiment={name}"))
+@pytest.mark.parametrize(
+    ("verb", "name", "needed"),
+    [
+        ("rl", "quickstart", []),
+        ("rl", "gsm8k_tiny", ["data.tokenizer=qwen"]),
+        ("sft", "quickstart_sft", []),
+        ("eval", "quickstart_eval", []),
+    ],
+)
+def test_experiments_are_valid_and_possible(repo_root: Path, verb: str, name: str, needed: list[str]) -> None:
+    config = validate(KINDS[verb], composed(repo_root, verb, f"experiment={name}", *needed))
     if isinstance(config, (RlRun, SftRun)):
         config.parallel.check(config.parallel.nproc, config.model)
 
