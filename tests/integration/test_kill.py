@@ -18,6 +18,7 @@ import pytest
 from processes import MARK, kill, marked, wait_until_gone
 
 from megatron_rl.checkpoint.disk import newest
+from megatron_rl.engine.launcher import START_ATTEMPTS
 
 pytestmark = [pytest.mark.slow, pytest.mark.sglang, pytest.mark.timeout(3000)]
 STEPS = 60  # long enough for the kills below
@@ -76,6 +77,8 @@ def test_killed_at_random_moments_the_run_completes(tmp_path: Path, data: Path, 
         assert time.monotonic() < deadline, log.read_text()[-3000:]
         if process.poll() is not None:
             break
+        if victims == "server" and kills == START_ATTEMPTS - 1 and " up after " not in log.read_text():
+            continue  # a server that is killed in each of its starts in a row is given up
         alive = marked(value)
         servers = [pid for pid, command in alive.items() if "sglang" in command or "engine.server" in command]
         trainers = [pid for pid in alive if pid not in servers]
